@@ -1,0 +1,21 @@
+"""Fused losses, layers and optimizers of modern vision training, for NVIDIA GPUs and for CPUs."""
+
+import torch  # noqa: F401  (before _C: the extension links against libtorch)
+
+from . import nn, ops
+from ._backend import backend
+from ._info import build_info
+from .ops import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "backend",
+    "build_info",
+    "cross_entropy",
+    "nn",
+    "ops",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+]

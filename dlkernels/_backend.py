@@ -1,0 +1,165 @@
+"""Which implementation serves a call: what is installed, what was asked for, and why.
+
+CPU tensors: compiled C++ (`cpp`), else the plain PyTorch `reference`, with one warning.
+CUDA tensors: Triton, else `reference` with one warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+_RECORD = Path(__file__).with_name("_build_record.json")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and the reason in one line."""
+    if importlib.util.find_spec("dlkernels._C") is None:
+        return None, "dlkernels._C is not built: run `pip install --no-build-isolation .` with a C++17 compiler"
+    built_for = json.loads(_RECORD.read_text()).get("torch", "an unknown torch") if _RECORD.exists() else "?"
+    if _minor(built_for) != _minor(torch.__version__):
+        return None, (
+            f"dlkernels._C was built for torch {built_for} and this is torch {torch.__version__}: "
+            "run `pip install --no-build-isolation --force-reinstall --no-deps .` again"
+        )
+    try:
+        return importlib.import_module("dlkernels._C"), ""
+    except ImportError as error:
+        return None, f"dlkernels._C does not load: {str(error).splitlines()[0]}"
+
+
+C, C_MISSING = _load_extension()
+
+
+@functools.cache
+def triton_missing() -> str:
+    """Empty when Triton can be imported, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:
+        return f"triton does not import: {error}".splitlines()[0]
+    return ""
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
+
+
+def _why_not(backend: str, device_type: str) -> str:
+    """Empty when `backend` can serve tensors of `device_type`, else the reason."""
+    if backend == "reference":
+        return ""
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"it serves CPU tensors, not {device_type}"
+        return C_MISSING
+    if backend == "triton":
+        if triton_missing():
+            return triton_missing()
+        if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+            return ""
+        if device_type == "cpu":
+            return "it serves CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
+        return f"it does not serve {device_type} tensors"
+    if backend == "cuda":
+        return "no CUDA C++ kernel exists for this op: Triton serves it"
+    raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+class _State:
+    """Process-wide, not per thread: autograd runs backward passes in threads of its own."""
+
+    forced: str | None = None
+
+
+state = _State()
+
+
+def _from_environment() -> None:
+    name = os.environ.get("DLKERNELS_BACKEND", "").strip()
+    if not name:
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"`DLKERNELS_BACKEND` must be one of {', '.join(BACKENDS)}, got {name!r}")
+    state.forced = name
+
+
+_from_environment()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every op from one backend inside a `with` block, to compare or to debug.
+
+    Args:
+        name: "reference" (plain PyTorch), "cpp" (compiled, CPU), "triton" or "cuda".
+
+    Raises:
+        ValueError: for another name. An op that the backend cannot serve raises `RuntimeError`, with the reason,
+            when it is called.
+
+    Note:
+        The choice holds for the whole process, because autograd runs backward passes in other threads.
+        `DLKERNELS_BACKEND=name` sets it from outside.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before, state.forced = state.forced, name
+    try:
+        yield
+    finally:
+        state.forced = before
+
+
+def default_for(device_type: str) -> str:
+    """The backend that serves tensors of this device when nothing is forced."""
+    order = {"cpu": ("cpp",), "cuda": ("triton",)}.get(device_type, ())
+    return next((name for name in order if not _why_not(name, device_type)), "reference")
+
+
+@functools.cache
+def _warn_reference(device_type: str) -> None:
+    better = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
+    reason = f": {_why_not(better, device_type)}" if better else ""
+    warnings.warn(f"dlkernels runs its plain PyTorch reference for {device_type} tensors{reason}", stacklevel=4)
+
+
+def choose(device_type: str) -> str:
+    """The backend for a call on this device; raises when the one asked for cannot serve it."""
+    if state.forced is not None:
+        reason = _why_not(state.forced, device_type)
+        if reason:
+            raise RuntimeError(f"backend {state.forced!r} cannot serve this call: {reason}")
+        return state.forced
+    name = default_for(device_type)
+    if name == "reference" and device_type != "meta" and not torch.compiler.is_compiling():
+        _warn_reference(device_type)
+    return name
+
+
+def intercepted(device_type: str) -> bool:
+    """True when a forced backend is not the one that the dispatcher would pick: call its launcher directly."""
+    return state.forced is not None and state.forced not in ("reference", default_for(device_type))
+
+
+def fast() -> ModuleType | None:
+    """The compiled module when nothing is forced away from it, else None."""
+    return C if state.forced is None or state.forced == "cpp" else None

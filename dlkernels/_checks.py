@@ -1,0 +1,100 @@
+"""Argument checks shared by every public function: one line each, expectation first, then the fact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"`{name}` must be a strided (dense) tensor, got {value.layout}")
+    return value
+
+
+def floating(name: str, value: Any) -> Tensor:
+    tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"`{name}` must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"`{name}` must be on the device of `{other_name}`, {other.device}, got {value.device}")
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if shape_of(value) != tuple(expected):
+        raise ValueError(f"`{name}` must have shape {meaning} = {tuple(expected)}, got {shape_of(value)}")
+
+
+def reduction_code(reduction: str) -> int:
+    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        raise ValueError(f"`reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return code
+
+
+def non_negative(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not (number >= 0.0 and math.isfinite(number)):
+        raise ValueError(f"`{name}` must be a finite number >= 0, got {value}")
+    return number
+
+
+def in_unit_interval(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            return float(value)  # numpy scalars and the like
+        except (TypeError, ValueError):
+            raise TypeError(f"`{name}` must be a number, got {type(value).__name__}") from None
+    return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    return value
+
+
+def per_class(name: str, value: Tensor, num_classes: int, like_name: str, like: Tensor) -> None:
+    """A per-class vector: floating, shape (C,), on the device of the logits."""
+    floating(name, value)
+    shape(name, value, (num_classes,), "(C,)")
+    same_device(name, value, like_name, like)
+
+
+def normalizer(value: Any, reduction: str, like_name: str, like: Tensor) -> Tensor | None:
+    """The sum's divisor as a tensor of one element on the device of the logits, or None."""
+    if value is None:
+        return None
+    if reduction != "sum":
+        raise ValueError(f"`normalizer` needs reduction='sum', got reduction={reduction!r}")
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"`normalizer` must have one element, got shape {shape_of(value)}")
+        same_device("normalizer", value, like_name, like)
+        return value.reshape(()).to(dtype)
+    return torch.full((), _number("normalizer", value), dtype=dtype, device=like.device)
