@@ -5,9 +5,10 @@ import torch  # noqa: F401  (before _C: the extension links against libtorch)
 from . import nn, ops
 from ._backend import backend
 from ._info import build_info
+from ._version import __version__
 from .ops import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "__version__",

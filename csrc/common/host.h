@@ -1,0 +1,51 @@
+// Small pieces that every CPU operator's host side needs.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace dlkernels {
+
+// Which instruction set ATen runs with: the machine's best, or what ATEN_CPU_CAPABILITY asks for.
+enum class Capability { kDefault, kAvx2, kAvx512 };
+Capability cpu_capability();
+std::string cpu_capability_name();
+
+// Outputs beyond this size are written past the caches: they would not be found there anyway.
+constexpr int64_t kStreamBytes = int64_t{12} << 20;
+
+inline at::ScalarType accumulate_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// A zero-dimensional tensor of the accumulation type.
+inline at::Tensor scalar(double value, const at::Tensor& like) {
+  return at::scalar_tensor(value, like.options().dtype(accumulate_type(like)));
+}
+
+inline std::optional<double> value_of(const std::optional<at::Tensor>& x) {
+  if (!x.has_value() || !x->defined()) return std::nullopt;
+  return x->scalar_type() == at::kDouble ? *x->const_data_ptr<double>() : static_cast<double>(*x->const_data_ptr<float>());
+}
+
+// Work items of `cost` elements each per task, so that a task is worth handing to another thread.
+inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
+
+// The sum in order, in double: the same for any number of threads.
+template <class A>
+double sum_in_order(const A* x, int64_t n) {
+  double lanes[4] = {0, 0, 0, 0};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; ++k) lanes[k] += static_cast<double>(x[i + k]);
+  for (; i < n; ++i) lanes[0] += static_cast<double>(x[i]);
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
+
+}  // namespace dlkernels

@@ -1,0 +1,19 @@
+// A loss whose forward pass wrote its gradient: what its backward pass does with it.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace dlkernels {
+
+// Keeps the gradient (float16: undivided, so the divisor too) with the node.
+void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad, double divisor);
+
+// stored * grad_output: in place when the graph is freed after this pass, nothing at all when grad_output is 1;
+// a copy when the graph is kept. Raises torch's message on a second pass through a freed graph.
+at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output);
+
+// True when a call may go to the compiled eager node: a plain tensor, no transform, mode, tracer or subclass in the way.
+bool plain_eager();
+bool plain_cpu(const at::Tensor& x);
+
+}  // namespace dlkernels

@@ -1,0 +1,62 @@
+// scale_stored_grad on CPU tensors, and the eager node's use of it.
+#include "../common/stored_grad.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/library.h>
+
+#include "../common/host.h"
+
+namespace dlkernels {
+namespace {
+
+double factor(const at::Tensor& grad_output, const std::optional<at::Tensor>& divisor) {
+  const double g = *value_of(grad_output.scalar_type() == at::kDouble ? grad_output : grad_output.to(at::kFloat));
+  return divisor.has_value() ? g / *value_of(divisor) : g;
+}
+
+at::Tensor scale_stored_grad(const at::Tensor& grad_output, const at::Tensor& stored, const std::optional<at::Tensor>& divisor) {
+  return at::mul(stored, at::scalar_tensor(factor(grad_output, divisor), stored.options().dtype(at::kDouble)));
+}
+
+}  // namespace
+
+void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad, double divisor) {
+  ctx->saved_data["grad"] = grad;
+  ctx->saved_data["divisor"] = grad.scalar_type() == at::kHalf ? divisor : 1.0;
+}
+
+at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output) {
+  const auto found = ctx->saved_data.find("grad");
+  TORCH_CHECK(found != ctx->saved_data.end(),
+              "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
+              "retain_graph=True for the first pass if a second one is needed.");
+  at::Tensor stored = found->second.toTensor();
+  const double scale = factor(grad_output, std::nullopt) / ctx->saved_data["divisor"].toDouble();
+  if (torch::autograd::get_current_graph_task_keep_graph()) {
+    return at::mul(stored, scale);
+  }
+  ctx->saved_data.erase("grad");  // the only other reference: .grad takes the buffer over without a copy
+  if (scale != 1.0) stored.mul_(scale);
+  return stored;
+}
+
+bool plain_eager() {
+  using c10::DispatchKey;
+  return !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::jit::tracer::isTracing();
+}
+
+bool plain_cpu(const at::Tensor& x) {
+  return x.is_cpu() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) && !x.is_neg() &&
+         !x._is_zerotensor();
+}
+
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("scale_stored_grad", scale_stored_grad); }
+
+}  // namespace dlkernels

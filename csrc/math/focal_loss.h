@@ -1,0 +1,115 @@
+// Focal loss, sigmoid and softmax: the formulas, for one scalar or one vector V of them.
+//
+// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit, vsqrt.
+// No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0, so that small
+// losses keep their digits and gamma < 1 has finite gradients.
+#pragma once
+
+namespace dlkernels {
+inline namespace CPU_CAPABILITY {
+
+// How u^gamma is formed.
+enum class Gamma { kZero, kOne, kTwo, kAny };
+
+inline Gamma gamma_kind(double gamma) {
+  return gamma == 0 ? Gamma::kZero : gamma == 1 ? Gamma::kOne : gamma == 2 ? Gamma::kTwo : Gamma::kAny;
+}
+
+// u^gamma, with log_u at hand for the general exponent.
+template <Gamma G, class V>
+DL_INLINE V power(V u, V log_u, double gamma) {
+  if constexpr (G == Gamma::kZero) return splat<V>(1);
+  if constexpr (G == Gamma::kOne) return u;
+  if constexpr (G == Gamma::kTwo) return u * u;
+  if constexpr (G == Gamma::kAny) return vexp(log_u * splat<V>(gamma));
+}
+
+template <class V>
+struct LossAndGrad {
+  V loss;
+  V grad;
+};
+
+// e = exp(-|x|), r = 1 / (1 + e), log(1 + e): what both sigmoid forms are made of.
+template <class V>
+struct Logistic {
+  V e, r, log1p_e;
+};
+template <class V>
+DL_INLINE Logistic<V> logistic(V x) {
+  const V e = vexp(select(x < 0.0f, x, -x));
+  return {e, splat<V>(1) / (e + 1.0f), vlog1p_unit(e)};
+}
+
+// Hard labels. u = -s x with s = +-1; q = sigmoid(u) = 1 - p_t; ell = softplus(u) = -log p_t:
+//   FL = q^gamma ell,   dFL/du = q^gamma (q + gamma p_t ell).
+// alpha_t and the sign -s are the caller's.
+template <Gamma G, class V>
+DL_INLINE LossAndGrad<V> sigmoid_focal_hard(V u, double gamma) {
+  const Logistic<V> f = logistic(u);
+  const V small = f.e * f.r;
+  const V q = select(u < 0.0f, small, f.r);
+  const V ell = vmax(u, splat<V>(0)) + f.log1p_e;
+  const V focus = power<G>(q, vmin(u, splat<V>(0)) - f.log1p_e, gamma);
+  if constexpr (G == Gamma::kZero) return {ell, q};
+  const V p_t = select(u < 0.0f, f.r, small);
+  // ell is infinite only where p_t is 0, and their product tends to 0.
+  const V slope = q + p_t * vmin(ell, splat<V>(3e38f)) * splat<V>(gamma);
+  return {focus * ell, focus * slope};
+}
+
+// Soft labels y strictly between 0 and 1. p = sigmoid(x), v = p (1 - y) + y (1 - p), ce = softplus(x) - y x:
+//   FL = v^gamma ce,   dFL/dx = v^gamma (p - y) + gamma v^(gamma - 1) (1 - 2 y) p (1 - p) ce.
+template <Gamma G, class V>
+DL_INLINE LossAndGrad<V> sigmoid_focal_soft(V x, V y, double gamma) {
+  const Logistic<V> f = logistic(x);
+  const V small = f.e * f.r;
+  const V p = select(x < 0.0f, small, f.r);
+  const V not_p = select(x < 0.0f, f.r, small);
+  const V ce = vmax(x, splat<V>(0)) - y * x + f.log1p_e;
+  const V v = p * (splat<V>(1) - y) + y * not_p;
+  const V focus = power<G>(v, vlog(v), gamma);
+  if constexpr (G == Gamma::kZero) return {ce, p - y};
+  const V slope = focus / v * splat<V>(gamma) * (splat<V>(1) - y * 2.0f) * p * not_p * vmin(ce, splat<V>(3e38f));
+  return {focus * ce, focus * (p - y) + slope};
+}
+
+// One row of softmax focal loss with target class y, from e_y = exp(z_y - m), other = sum_{k != y} exp(z_k - m) and
+// d_y = z_y - m, where m = max z:
+//   p = e_y / (e_y + other), u = other / (e_y + other),  FL = u^gamma (-log p),
+//   dFL/dz_k = omega (p_k - delta_ky),  omega = u^gamma (1 + gamma p (-log p) / u).
+template <class V>
+struct SoftmaxRow {
+  V loss, omega, u, inverse_sum;
+};
+template <Gamma G, class V>
+DL_INLINE SoftmaxRow<V> softmax_focal_row(V e_y, V other, V d_y, double gamma) {
+  const V total = e_y + other;
+  const V inverse = splat<V>(1) / total;
+  // log p in the form that keeps its digits: close to 0 when y dominates, close to d_y when it does not.
+  const V small = vlog1p(select(e_y > 0.0f, vmin(other, e_y) / e_y, splat<V>(0)));
+  const V ell = select(other < e_y, small, vlog(total) - d_y);
+  const V u = other * inverse;
+  if constexpr (G == Gamma::kZero) return {ell, splat<V>(1), u, inverse};
+  const V focus = power<G>(u, vlog(u), gamma);
+  const V r = select(u > 0.0f, ell / u, splat<V>(1));
+  const V omega = focus * (splat<V>(1) + e_y * inverse * vmin(r, splat<V>(3e38f)) * splat<V>(gamma));
+  return {select(u == 0.0f, splat<V>(0), focus * ell), omega, u, inverse};
+}
+
+// One class of softmax focal loss with target weights t_c: (1 - p_c)^gamma (-log p_c) and h_c / t_c = omega_c.
+// d = z_c - m; log_sum = log sum_k exp(z_k - m); rest = sum_k exp(z_k - m) - 1, formed without the subtraction.
+template <Gamma G, class V>
+DL_INLINE LossAndGrad<V> softmax_focal_class(V e, V d, V log_sum, V rest, V inverse, double gamma) {
+  const V p = e * inverse;
+  const V ell = log_sum - d;
+  const V u = select(d == 0.0f, rest * inverse, splat<V>(1) - p);
+  const V focus = power<G>(u, vlog(u), gamma);
+  const V r = select(u > 0.0f, ell / u, splat<V>(1));
+  // p = 0 where ell is infinite: their product tends to 0.
+  const V omega = focus * (splat<V>(1) + p * vmin(r, splat<V>(3e38f)) * splat<V>(gamma));
+  return {select(u == 0.0f, splat<V>(0), focus * ell), omega};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace dlkernels

@@ -1,0 +1,157 @@
+"""Builds dlkernels: the Python package, and `dlkernels._C` when a C++17 compiler is found.
+
+    pip install --no-build-isolation .        # the usual way: the build sees the torch that it is for
+
+Environment:
+    DLKERNELS_CPP=auto|0|1     compiled part: when possible (default), never, or an error when impossible
+    DLKERNELS_CUDA=auto|0|1    CUDA part: when torch has CUDA and nvcc is found (default), never, or an error
+    TORCH_CUDA_ARCH_LIST       architectures of the CUDA part, as torch reads it; no GPU is looked for
+    MAX_JOBS                   compilers at a time
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+DEFAULT_CUDA_ARCHS = "7.5;8.0;9.0;10.0+PTX"
+
+# Files named *_kernel.cpp hold loops on raw pointers and are compiled once per instruction set.
+INSTRUCTION_SETS = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+        "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    }
+
+TORCH_MISSING = """
+dlkernels is built against the torch that it will run with, and no torch is visible to this build.
+  torch is not installed:       pip install torch setuptools
+  build isolation hides it:     pip install --no-build-isolation .
+"""
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "auto").lower()
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"`{name}` must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def cxx() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def compiler_problem() -> str:
+    """Empty when a small C++17 program with Python's headers compiles, else one line."""
+    command = cxx().split()
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler: {command[0]!r} is not on PATH (set CXX)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "try.cpp")
+        source.write_text("#include <optional>\nint main() { return std::optional<int>(0).value(); }\n")
+        done = subprocess.run(
+            [*command, "-std=c++17", str(source), "-o", str(Path(folder, "try"))], capture_output=True, text=True
+        )
+    return "" if done.returncode == 0 else f"{cxx()} does not compile C++17: {done.stderr.strip().splitlines()[-1:]}"
+
+
+def cuda_problem() -> str:
+    """Empty when the CUDA part can be built, else one line."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "nvcc was not found (set CUDA_HOME)"
+    return ""
+
+
+def wanted(name: str, problem: str, consequence: str) -> bool:
+    """Whether to build a part; warns or stops, in one line, when it is impossible."""
+    choice = switch(name)
+    if choice == "0" or not problem:
+        return choice != "0"
+    if choice == "1":
+        raise SystemExit(f"{name}=1, but {problem}")
+    warnings.warn(f"{problem}: {consequence}", stacklevel=2)
+    return False
+
+
+def build_options() -> dict:
+    """ext_modules and cmdclass; torch is imported only where something is compiled."""
+    if not {"build_ext", "build", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
+        return {}  # sdist, egg_info, --version: nothing to compile
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        raise SystemExit(TORCH_MISSING) from None
+    if not wanted("DLKERNELS_CPP", compiler_problem(), "dlkernels is installed without its compiled part"):
+        return {}
+    cuda = switch("DLKERNELS_CUDA") != "0" and wanted("DLKERNELS_CUDA", cuda_problem(), "building for CPU only")
+
+    sources = sorted(p for folder in ("csrc", "csrc/cpu", "csrc/common") for p in (ROOT / folder).glob("*.cpp"))
+    kernels = [p for p in sources if p.stem.endswith("_kernel")]
+    macros = []
+    if cuda:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        macros = [("DLKERNELS_WITH_CUDA", None), ("DLKERNELS_CUDA_ARCHS", f'"{archs}"')]
+        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    extension = make(
+        "dlkernels._C",
+        [str(p.relative_to(ROOT)) for p in sources if p not in kernels],
+        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")] + [str(p) for p in kernels],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+        define_macros=macros,
+    )
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Adds the per-instruction-set objects, and writes down which torch the extension is for."""
+
+        def build_extension(self, ext):
+            objects = compile_kernels(kernels, Path(self.build_temp))
+            ext.extra_objects = [str(o) for o in objects]
+            ext.depends += ext.extra_objects
+            super().build_extension(ext)
+            folder = ROOT / "dlkernels" if self.inplace else Path(self.get_ext_fullpath(ext.name)).parent
+            (folder / "_build_record.json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
+    """One object per kernel file and instruction set, with the flags that only these files may have."""
+    folder = folder / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
+    jobs = []
+    for source in kernels:
+        for name, flags in INSTRUCTION_SETS.items():
+            target = folder / f"{source.stem}.{name}.o"
+            if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+                quiet = ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 headers
+                command = [*cxx().split(), *CXX_FLAGS, *quiet, "-std=c++17", *flags, f"-DCPU_CAPABILITY={name}", "-fPIC"]
+                jobs.append([*command, "-c", str(source), "-o", str(target)])
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        for job, done in zip(jobs, pool.map(subprocess.run, jobs)):
+            if done.returncode:
+                raise SystemExit(f"compiling failed: {' '.join(job)}")
+    return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
+
+
+setup(**build_options())
