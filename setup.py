@@ -145,7 +145,15 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
             target = folder / f"{source.stem}.{name}.o"
             if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
                 quiet = ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 headers
-                command = [*cxx().split(), *CXX_FLAGS, *quiet, "-std=c++17", *flags, f"-DCPU_CAPABILITY={name}", "-fPIC"]
+                command = [
+                    *cxx().split(),
+                    *CXX_FLAGS,
+                    *quiet,
+                    "-std=c++17",
+                    *flags,
+                    f"-DCPU_CAPABILITY={name}",
+                    "-fPIC",
+                ]
                 jobs.append([*command, "-c", str(source), "-o", str(target)])
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         for job, done in zip(jobs, pool.map(subprocess.run, jobs)):

@@ -33,7 +33,9 @@ pybind11::dict build_info() {
 #if defined(__x86_64__)
   info["instruction_sets"] = std::vector<std::string>{"DEFAULT", "AVX2", "AVX512"};
   const Capability capability = cpu_capability();
-  info["instruction_set"] = capability == Capability::kAvx512 ? "AVX512" : capability == Capability::kAvx2 ? "AVX2" : "DEFAULT";
+  info["instruction_set"] = capability == Capability::kAvx512 ? "AVX512"
+                            : capability == Capability::kAvx2 ? "AVX2"
+                                                              : "DEFAULT";
 #else
   info["instruction_sets"] = std::vector<std::string>{"DEFAULT"};
   info["instruction_set"] = "DEFAULT";

@@ -33,7 +33,6 @@ class FusedFunction(torch.autograd.Function):
     schema: str  # "foo_fwd(Tensor input, ...) -> Tensor"
     family: str  # module of dlkernels.triton that holds the launcher
 
-
     @classmethod
     def op_name(cls) -> str:
         return cls.schema.split("(", 1)[0]
@@ -129,3 +128,24 @@ def _scale_stored_grad_fake(grad_output: Tensor, stored: Tensor, divisor: Tensor
 
 
 register(ScaleStoredGrad, _scale_stored_grad_fake)
+
+
+def stored_grad_is_free(stored: Tensor) -> bool:
+    """True when the backward pass under way is the last use of a stored gradient that Triton can scale in place."""
+    graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return (
+        type(stored) is Tensor
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+        and _backend.choose(stored.device.type) == "triton"
+        and not graph_is_kept()
+    )
+
+
+def scale_in_place(grad_output: Tensor, stored: Tensor, divisor: Tensor | None) -> Tensor:
+    """stored *= grad_output [/ divisor]; a launch that ends early where the factor is 1."""
+    from .triton.stored_grad import scale_stored_grad_
+
+    with torch.profiler.record_function("dlkernels::scale_stored_grad_"):
+        scale_stored_grad_(grad_output, stored, divisor)
+    return stored

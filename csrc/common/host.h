@@ -31,7 +31,8 @@ inline at::Tensor scalar(double value, const at::Tensor& like) {
 
 inline std::optional<double> value_of(const std::optional<at::Tensor>& x) {
   if (!x.has_value() || !x->defined()) return std::nullopt;
-  return x->scalar_type() == at::kDouble ? *x->const_data_ptr<double>() : static_cast<double>(*x->const_data_ptr<float>());
+  return x->scalar_type() == at::kDouble ? *x->const_data_ptr<double>()
+                                         : static_cast<double>(*x->const_data_ptr<float>());
 }
 
 // Work items of `cost` elements each per task, so that a task is worth handing to another thread.

@@ -110,7 +110,11 @@ DL_INLINE bool all(bool mask) { return mask; }
 
 DL_INLINE double sum(double v) { return v; }
 DL_INLINE double maximum(double v) { return v; }
-// Horizontal sum and maximum in a fixed tree; a NaN in any lane gives NaN.
+// Horizontal sum in a fixed tree, and maximum (a NaN may or may not survive it).
+#if defined(__AVX512F__)
+DL_INLINE float sum(vfloat v) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v)); }
+DL_INLINE float maximum(vfloat v) { return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v)); }
+#else
 DL_INLINE float sum(vfloat v) {
   float a[kFloatLanes];
   std::memcpy(a, &v, sizeof(v));
@@ -122,28 +126,55 @@ DL_INLINE float maximum(vfloat v) {
   float a[kFloatLanes];
   std::memcpy(a, &v, sizeof(v));
   for (int half = kFloatLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] = (a[i] < a[i + half] || a[i + half] != a[i + half]) ? a[i + half] : a[i];
+    for (int i = 0; i < half; ++i) a[i] = a[i] < a[i + half] ? a[i + half] : a[i];
   return a[0];
 }
+#endif
+
+// v with lane `lane` set to 0.
+DL_INLINE vfloat without_lane(vfloat v, int64_t lane) {
+  vint index;
+  for (int i = 0; i < kFloatLanes; ++i) index[i] = i;
+  return index == static_cast<int32_t>(lane) ? vfloat{} : v;
+}
+DL_INLINE double without_lane(double, int64_t) { return 0; }
+DL_INLINE float lane(vfloat v, int64_t lane) {
+  float a[kFloatLanes];
+  std::memcpy(a, &v, sizeof(v));
+  return a[lane];
+}
+DL_INLINE double lane(double v, int64_t) { return v; }
 
 // ---- exp, log, log1p: polynomials of 1 to 2 ulp ---------------------------------------------------------------------
 
-// e^x for x <= 0 (also right up to 88): 0 below -87.33 and at -inf, NaN at NaN.
+// e^x for x <= 0 (also right up to 88): 0 far below, where the result would not be a normal number, and NaN at NaN.
 DL_INLINE vfloat vexp(vfloat x) {
-  const vfloat clamped = vmax(x, splat<vfloat>(-87.336544f));
   const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits
+#if defined(__AVX512F__)
+  const vfloat clamped = vmax(x, splat<vfloat>(-150.0f));
+#else
+  const vfloat clamped = vmax(x, splat<vfloat>(-87.336544f));
+#endif
   const vfloat shifted = clamped * 1.44269504f + shifter;
   const vfloat n = shifted - shifter;
-  vfloat r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vfloat q = splat<vfloat>(1.3901315e-3f);
-  q = q * r + 8.3631712e-3f;
-  q = q * r + 4.1666850e-2f;
-  q = q * r + 1.6666577e-1f;
-  q = q * r + 0.5f;
-  const vfloat p = r * r * q + r + 1.0f;
+#if defined(__FMA__)
+  const vfloat r =
+      clamped - n * 0.693147182f;  // one rounding: exact but for n times the 2e-9 that float leaves of log 2
+#else
+  const vfloat r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+#endif
+  vfloat p = splat<vfloat>(8.290271614e-3f);
+  p = p * r + 4.1898159867e-2f;
+  p = p * r + 1.66676381352e-1f;
+  p = p * r + 4.99991478385e-1f;
+  p = p * r + 9.99999706311e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vfloat>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   const vfloat scale = bit_cast<vfloat>((bit_cast<vuint>(shifted) << 23) + 0x3f800000u);
   return select(x < -87.336544f, splat<vfloat>(0), p * scale);
+#endif
 }
 DL_INLINE float vexp(float x) { return std::exp(x); }
 DL_INLINE double vexp(double x) { return std::exp(x); }
@@ -317,6 +348,36 @@ DL_INLINE void store_part(T* p, typename Lanes<T>::vec v, int64_t n) {
   store(a, v);
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a[i]);
 }
+#if defined(__AVX512F__)
+DL_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+template <>
+DL_INLINE vfloat load_part<float>(const float* p, int64_t n, float rest) {
+  return reinterpret_cast<vfloat>(_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first(n), p));
+}
+template <>
+DL_INLINE vfloat load_part<bfloat16>(const bfloat16* p, int64_t n, float rest) {
+  const vhalf h = bit_cast<vhalf>(_mm256_maskz_loadu_epi16(first(n), p));
+  const __m512 v = bit_cast<__m512>(__builtin_convertvector(h, vuint) << 16);
+  return reinterpret_cast<vfloat>(_mm512_mask_mov_ps(_mm512_set1_ps(rest), first(n), v));
+}
+template <>
+DL_INLINE vfloat load_part<float16>(const float16* p, int64_t n, float rest) {
+  const __m512 v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  return reinterpret_cast<vfloat>(_mm512_mask_mov_ps(_mm512_set1_ps(rest), first(n), v));
+}
+template <>
+DL_INLINE void store_part<float>(float* p, vfloat v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first(n), reinterpret_cast<__m512>(v));
+}
+template <>
+DL_INLINE void store_part<bfloat16>(bfloat16* p, vfloat v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), bit_cast<__m256i>(round_bfloat16(v)));
+}
+template <>
+DL_INLINE void store_part<float16>(float16* p, vfloat v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), bit_cast<__m256i>(round_float16(v)));
+}
+#endif
 
 // Stores that bypass the caches, to addresses aligned to the vector; call store_fence() after the last one.
 template <class T>

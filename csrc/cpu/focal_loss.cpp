@@ -46,7 +46,8 @@ Target target_kind(const at::Tensor& target, const at::Tensor& input) {
   }
   if (target.scalar_type() == input.scalar_type()) return Target::kFloat;
   TORCH_CHECK_TYPE(target.scalar_type() == at::kFloat && input.scalar_type() != at::kDouble,
-                   "`target` must be of the input's dtype, float32, bool, uint8, int32 or int64, got ", target.scalar_type());
+                   "`target` must be of the input's dtype, float32, bool, uint8, int32 or int64, got ",
+                   target.scalar_type());
   return Target::kFloat32;
 }
 
@@ -81,7 +82,8 @@ double stored_scale(const at::Tensor& input, double divisor) {
   return input.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor;
 }
 
-// Sigmoid --------------------------------------------------------------------------------------------------------------
+// Sigmoid
+// --------------------------------------------------------------------------------------------------------------
 
 // One element after another in memory, in the same order for input and target.
 bool elementwise(const at::Tensor& input, const at::Tensor& target) {
@@ -124,7 +126,8 @@ struct SigmoidProblem {
   }
 };
 
-// Softmax --------------------------------------------------------------------------------------------------------------
+// Softmax
+// --------------------------------------------------------------------------------------------------------------
 
 struct SoftmaxProblem {
   at::Tensor input, target;
@@ -153,7 +156,8 @@ struct SoftmaxProblem {
       valid = static_cast<double>(rows);
     } else if (options.mean_of_weights && weight.defined()) {
       const auto sum = [&](const auto* w) {
-        for_each_label(target, 0, args.classes, options.ignore_index, [&](int64_t y) { valid += static_cast<double>(w[y]); });
+        for_each_label(target, 0, args.classes, options.ignore_index,
+                       [&](int64_t y) { valid += static_cast<double>(w[y]); });
       };
       weight.scalar_type() == at::kDouble ? sum(weight.const_data_ptr<double>()) : sum(weight.const_data_ptr<float>());
     } else {
@@ -163,8 +167,9 @@ struct SoftmaxProblem {
 
   static bool channels_last(const at::Tensor& x) {
     return x.dim() > 2 && !x.is_contiguous() &&
-           (x.dim() == 3 ? x.transpose(1, 2).is_contiguous()
-                         : x.is_contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d));
+           (x.dim() == 3
+                ? x.transpose(1, 2).is_contiguous()
+                : x.is_contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d));
   }
 
   int64_t rows() const { return args.outer * args.inner; }
@@ -233,8 +238,8 @@ at::Tensor sigmoid_focal_loss_backward(const at::Tensor& grad_output, const at::
 }
 
 LossResult softmax_focal_loss_forward(const at::Tensor& input, const at::Tensor& target, const at::Tensor& weight,
-                                      const SoftmaxOptions& options, int64_t reduction, std::optional<double> normalizer,
-                                      bool need_grad) {
+                                      const SoftmaxOptions& options, int64_t reduction,
+                                      std::optional<double> normalizer, bool need_grad) {
   SoftmaxProblem problem(input, target, weight, options);
   const auto options_loss = input.options().dtype(accumulate_type(input));
   const double divisor = reduction_divisor(reduction, problem.valid, normalizer);
@@ -271,7 +276,8 @@ at::Tensor softmax_focal_loss_backward(const at::Tensor& grad_output, const at::
   return grad;
 }
 
-// Operators: contiguous in, contiguous out ------------------------------------------------------------------------------
+// Operators: contiguous in, contiguous out
+// ------------------------------------------------------------------------------
 
 namespace {
 
@@ -281,8 +287,9 @@ Outputs outputs(const LossResult& r, const at::Tensor& input) {
   return {r.loss, r.grad.defined() ? r.grad : at::empty({0}, input.options()), scalar(r.divisor, input)};
 }
 
-Outputs sigmoid_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& normalizer,
-                               double alpha, double gamma, int64_t ignore_index, int64_t reduction, bool need_grad, bool) {
+Outputs sigmoid_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target,
+                               const std::optional<at::Tensor>& normalizer, double alpha, double gamma,
+                               int64_t ignore_index, int64_t reduction, bool need_grad, bool) {
   const at::Tensor x = input.contiguous();
   return outputs(sigmoid_focal_loss_forward(x, target.contiguous(), {alpha, gamma, ignore_index}, reduction,
                                             value_of(normalizer), need_grad),
@@ -291,16 +298,19 @@ Outputs sigmoid_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target
 
 at::Tensor sigmoid_focal_loss_bwd(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   double alpha, double gamma, int64_t ignore_index) {
-  return sigmoid_focal_loss_backward(grad_output, input.contiguous(), target.contiguous(), {alpha, gamma, ignore_index});
+  return sigmoid_focal_loss_backward(grad_output, input.contiguous(), target.contiguous(),
+                                     {alpha, gamma, ignore_index});
 }
 
-Outputs softmax_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                               const std::optional<at::Tensor>& normalizer, double gamma, double label_smoothing,
-                               int64_t ignore_index, bool mean_of_weights, int64_t reduction, bool need_grad, bool) {
+Outputs softmax_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target,
+                               const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& normalizer,
+                               double gamma, double label_smoothing, int64_t ignore_index, bool mean_of_weights,
+                               int64_t reduction, bool need_grad, bool) {
   const at::Tensor x = input.contiguous(), w = weight.has_value() ? weight->contiguous() : at::Tensor();
-  return outputs(softmax_focal_loss_forward(x, target.contiguous(), w, {gamma, label_smoothing, ignore_index, mean_of_weights},
-                                            reduction, value_of(normalizer), need_grad),
-                 x);
+  return outputs(
+      softmax_focal_loss_forward(x, target.contiguous(), w, {gamma, label_smoothing, ignore_index, mean_of_weights},
+                                 reduction, value_of(normalizer), need_grad),
+      x);
 }
 
 at::Tensor softmax_focal_loss_bwd(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,

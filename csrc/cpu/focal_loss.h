@@ -32,8 +32,8 @@ LossResult sigmoid_focal_loss_forward(const at::Tensor& input, const at::Tensor&
 at::Tensor sigmoid_focal_loss_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                        const SigmoidOptions& options);
 LossResult softmax_focal_loss_forward(const at::Tensor& input, const at::Tensor& target, const at::Tensor& weight,
-                                      const SoftmaxOptions& options, int64_t reduction, std::optional<double> normalizer,
-                                      bool need_grad);
+                                      const SoftmaxOptions& options, int64_t reduction,
+                                      std::optional<double> normalizer, bool need_grad);
 at::Tensor softmax_focal_loss_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                        const at::Tensor& weight, const SoftmaxOptions& options);
 

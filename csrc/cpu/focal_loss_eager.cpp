@@ -1,4 +1,5 @@
-// The focal-loss family in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd node.
+// The focal-loss family in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd
+// node.
 //
 // It takes only what needs no conversion and no error message; for the rest it answers None and Python's path, which
 // checks, converts and explains, goes on. Second derivatives leave through the dispatcher's differentiable operators.
@@ -122,10 +123,10 @@ struct SigmoidNode : torch::autograd::Function<SigmoidNode> {
     const SigmoidOptions o{ctx->saved_data["alpha"].toDouble(), ctx->saved_data["gamma"].toDouble(),
                            ctx->saved_data["ignore_index"].toInt()};
     if (!at::GradMode::is_enabled()) return {sigmoid_focal_loss_backward(grads[0], saved[0], saved[1], o), {}, {}, {}};
-    const at::Tensor g =
-        stores ? spread(grads[0], ctx->saved_data["total"].toDouble(), saved[0].sizes()) : grads[0];
-    static const auto bwd = op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, double, int64_t)>(
-        "dlkernels::sigmoid_focal_loss_bwd");
+    const at::Tensor g = stores ? spread(grads[0], ctx->saved_data["total"].toDouble(), saved[0].sizes()) : grads[0];
+    static const auto bwd =
+        op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, double, int64_t)>(
+            "dlkernels::sigmoid_focal_loss_bwd");
     return {bwd.call(g, saved[0], saved[1], o.alpha, o.gamma, o.ignore_index), {}, {}, {}};
   }
 };
@@ -136,7 +137,8 @@ struct SoftmaxNode : torch::autograd::Function<SoftmaxNode> {
                             const Common& call) {
     const at::Tensor weight = class_weight.value_or(at::Tensor());
     const bool stores = call.reduction != kNone;
-    LossResult result = softmax_focal_loss_forward(input, target, weight, options, call.reduction, call.normalizer, stores);
+    LossResult result =
+        softmax_focal_loss_forward(input, target, weight, options, call.reduction, call.normalizer, stores);
     if (stores) keep_stored_grad(ctx, result.grad, result.divisor);
     const bool keep = !stores || call.higher_order;
     ctx->save_for_backward(keep ? variable_list{input, target, weight} : variable_list{});
@@ -246,8 +248,9 @@ py::object softmax_focal_loss(py::handle x, py::handle t, py::handle alpha, py::
   const SoftmaxOptions options{*g, *eps, call.ignore_index, mean_of_weights.ptr() == Py_True};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::softmax_focal_loss_fwd", c10::ArrayRef<const c10::IValue>{});
-    if (wants_grad(input)) return SoftmaxNode::apply(
-          input, target, weight.defined() ? std::make_optional(weight) : std::nullopt, options, call);
+    if (wants_grad(input))
+      return SoftmaxNode::apply(input, target, weight.defined() ? std::make_optional(weight) : std::nullopt, options,
+                                call);
     return softmax_focal_loss_forward(input, target, weight, options, call.reduction, call.normalizer, false).loss;
   });
 }

@@ -10,9 +10,9 @@ namespace dlkernels {
 enum class Float : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
 enum class Target : int {
-  kFloat,      // floats of the input's dtype, one per element
-  kFloat32,    // float32, one per element
-  kUInt8,      // 0/1 per element (bool, uint8); class indices (uint8)
+  kFloat,    // floats of the input's dtype, one per element
+  kFloat32,  // float32, one per element
+  kUInt8,    // 0/1 per element (bool, uint8); class indices (uint8)
   kInt32,
   kInt64,
 };
@@ -21,34 +21,34 @@ enum class Target : int {
 struct SigmoidArgs {
   Float dtype;
   Target target_kind;
-  const void* input;            // [count]
-  const void* target;           // [count], or [count / classes] class indices
-  int64_t count, classes;       // classes = 0: one target per element
-  double alpha, gamma;          // alpha < 0: off
+  const void* input;       // [count]
+  const void* target;      // [count], or [count / classes] class indices
+  int64_t count, classes;  // classes = 0: one target per element
+  double alpha, gamma;     // alpha < 0: off
   int64_t ignore_index;
-  void* loss;                   // [count] float32 (float64 for float64), or nullptr
-  double* partial;              // [blocks] sums of the losses, or nullptr
-  void* grad;                   // [count] in the input's dtype, or nullptr
-  const void* grad_output;      // [count] float32 (float64), or nullptr: then grad_scale alone
-  int64_t grad_output_step;     // 1, or 0 for one value
+  void* loss;                // [count] float32 (float64 for float64), or nullptr
+  double* partial;           // [blocks] sums of the losses, or nullptr
+  void* grad;                // [count] in the input's dtype, or nullptr
+  const void* grad_output;   // [count] float32 (float64), or nullptr: then grad_scale alone
+  int64_t grad_output_step;  // 1, or 0 for one value
   double grad_scale;
-  bool stream;                  // write grad past the caches
+  bool stream;  // write grad past the caches
 };
 
 // Softmax: rows (n, s) of `classes` logits, element (n, c, s) at (n * classes + c) * inner + s.
 struct SoftmaxArgs {
   Float dtype;
   Target target_kind;
-  const void* input;            // [outer, classes, inner]
-  const void* target;           // [outer, inner] indices, or [outer, classes, inner] probabilities
-  const void* weight;           // [classes] float32 (float64), or nullptr
+  const void* input;   // [outer, classes, inner]
+  const void* target;  // [outer, inner] indices, or [outer, classes, inner] probabilities
+  const void* weight;  // [classes] float32 (float64), or nullptr
   int64_t outer, classes, inner;
   double gamma, label_smoothing;
   int64_t ignore_index;
-  void* loss;                   // [outer, inner] float32 (float64), or nullptr
-  void* grad;                   // [outer, classes, inner] in the input's dtype, or nullptr
-  const void* grad_output;      // [outer, inner] float32 (float64), or nullptr: then grad_scale alone
-  int64_t grad_output_step;     // 1, or 0 for one value
+  void* loss;                // [outer, inner] float32 (float64), or nullptr
+  void* grad;                // [outer, classes, inner] in the input's dtype, or nullptr
+  const void* grad_output;   // [outer, inner] float32 (float64), or nullptr: then grad_scale alone
+  int64_t grad_output_step;  // 1, or 0 for one value
   double grad_scale;
   bool stream;
 };

@@ -1,10 +1,10 @@
 // Sigmoid focal loss: the loop over blocks of elements.
 //
 // Math      csrc/math/focal_loss.h, sigmoid_focal_hard and sigmoid_focal_soft.
-// Traffic   per element: read x and t, write dx (mean, sum with gradient) = 3 elements; class indices are read once a row.
-// Grid      blocks of kSigmoidBlock elements, spread over threads by the caller.
-// Requires  checked targets; contiguous arrays.
-// Result    bitwise reproducible for one instruction set: one partial sum a block, summed in order by the caller.
+// Traffic   per element: read x and t, write dx (mean, sum with gradient) = 3 elements; class indices are read once a
+// row. Grid      blocks of kSigmoidBlock elements, spread over threads by the caller. Requires  checked targets;
+// contiguous arrays. Result    bitwise reproducible for one instruction set: one partial sum a block, summed in order
+// by the caller.
 #pragma once
 
 #include "../common/simd.h"
@@ -22,10 +22,11 @@ template <class A, class I>
 DL_INLINE void expand_integers(const SigmoidArgs& a, int64_t begin, int64_t n, A* out) {
   const I* target = static_cast<const I*>(a.target);
   if (a.classes == 0) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t t = static_cast<int64_t>(target[begin + i]);
-      out[i] = t == a.ignore_index ? A(kLeftOut) : static_cast<A>(t);
-    }
+    // Compared in the targets' own type: an ignore_index beyond it leaves nothing out.
+    const I ignored = static_cast<I>(a.ignore_index);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(target[begin + i]);
+    if (static_cast<int64_t>(ignored) != a.ignore_index) return;
+    for (int64_t i = 0; i < n; ++i) out[i] = target[begin + i] == ignored ? A(kLeftOut) : out[i];
     return;
   }
   for (int64_t i = 0; i < n;) {
@@ -98,8 +99,7 @@ void sigmoid_blocks(const SigmoidArgs& a, int64_t block_begin, int64_t block_end
         const TT* t = static_cast<const TT*>(a.target) + at;
         tv = whole ? load(t) : load_part<TT>(t, left, A(0));
       } else {
-        tv = load_part<A>(expanded + i, whole ? W : left, A(kLeftOut));
-        if (whole) tv = load(expanded + i);
+        tv = whole ? load(expanded + i) : load_part<A>(expanded + i, left, A(kLeftOut));
       }
       const LossAndGrad<V> out = sigmoid_focal<G, kFloats>(xv, tv, a.alpha, a.gamma);
       if (loss) {

@@ -1,9 +1,11 @@
 // Softmax focal loss and cross entropy: the row engine.
 //
-// Math      csrc/math/focal_loss.h, softmax_focal_row (index targets) and softmax_focal_class (dense targets: probabilities
+// Math      csrc/math/focal_loss.h, softmax_focal_row (index targets) and softmax_focal_class (dense targets:
+// probabilities
 //           or smoothed labels); cross entropy is gamma = 0.
-// Traffic   per logit: read x, write dx = 2 elements (+ the probabilities); exponentials wait in a scratch row in cache.
-// Grid      tiles, spread over threads by the caller: one contiguous row of many classes, or a strip of rows side by side
+// Traffic   per logit: read x, write dx = 2 elements (+ the probabilities); exponentials wait in a scratch row in
+// cache. Grid      tiles, spread over threads by the caller: one contiguous row of many classes, or a strip of rows
+// side by side
 //           in vector lanes where rows are short or the class dimension is strided.
 // Requires  checked labels; contiguous arrays.
 // Result    bitwise reproducible for one instruction set: a row's sums have a fixed order, whatever thread has it.
@@ -70,38 +72,47 @@ DL_INLINE typename Lanes<T>::scalar row_maximum(const T* x, int64_t n) {
   return maximum(vmax(vmax(m0, m1), vmax(m2, m3)));
 }
 
-// sum_k exp(x_k - m) over [begin, end), the exponentials kept in e when it is given; partial sums every 4096 elements.
+// sum_k exp(x_k - m), vector by vector; every 4096 elements the lanes are added up and moved to double.
 template <class T>
-DL_INLINE double sum_exp(const T* x, typename Lanes<T>::scalar* e, int64_t begin, int64_t end, typename Lanes<T>::scalar m) {
+struct ExpSum {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
-  constexpr int W = Lanes<T>::width;
-  const V shift = splat<V>(m);
-  double total = 0;
-  int64_t i = begin;
-  while (i < end) {
-    const int64_t stop = end - i < 4096 ? end : i + 4096;
-    V s0 = splat<V>(0), s1 = s0;
-    for (; i + 2 * W <= stop; i += 2 * W) {
-      const V e0 = vexp(load(x + i) - shift), e1 = vexp(load(x + i + W) - shift);
-      if (e) store(e + i, e0), store(e + i + W, e1);
-      s0 += e0;
-      s1 += e1;
-    }
-    for (; i < stop; i += W) {
-      const bool whole = i + W <= stop;
-      V e0 = vexp((whole ? load(x + i) : load_part<T>(x + i, stop - i, A(-INFINITY))) - shift);
-      if (e) {
-        if (whole) store(e + i, e0);
-        else store_part<A>(e + i, e0, stop - i);
+  static constexpr int W = Lanes<T>::width;
+  V s0 = splat<V>(0), s1 = splat<V>(0);
+  double moved = 0;
+
+  // Adds [begin, end); keeps the exponentials in e when it is given.
+  DL_INLINE void add(const T* x, A* e, int64_t begin, int64_t end, V shift) {
+    int64_t i = begin;
+    while (i < end) {
+      const int64_t stop = end - i <= 4096 ? end : i + 4096;
+      for (; i + 2 * W <= stop; i += 2 * W) {
+        const V e0 = vexp(load(x + i) - shift), e1 = vexp(load(x + i + W) - shift);
+        if (e) store(e + i, e0), store(e + i + W, e1);
+        s0 += e0;
+        s1 += e1;
       }
-      s0 += e0;
+      if (i + W <= stop) {
+        const V e0 = vexp(load(x + i) - shift);
+        if (e) store(e + i, e0);
+        s0 += e0;
+        i += W;
+      }
+      if (i < stop) {
+        const V e0 = vexp(load_part<T>(x + i, stop - i, A(-INFINITY)) - shift);
+        if (e) store(e + i, e0);  // the scratch row is padded
+        s1 += e0;
+        i = stop;
+      }
+      if (i < end) total();
     }
-    i = stop;
-    total += static_cast<double>(sum(s0 + s1));
   }
-  return total;
-}
+  DL_INLINE double total() {
+    moved += static_cast<double>(sum(s0 + s1));
+    s0 = s1 = splat<V>(0);
+    return moved;
+  }
+};
 
 // out = f(i) for i in [0, n), past the caches from the first aligned vector on when `past_caches`.
 template <class T, class F>
@@ -147,20 +158,21 @@ void index_row(const SoftmaxRows<T, TT>& r, int64_t row, typename Lanes<T>::scal
   const A m = row_maximum(x, C);
   // sum over k != y: the vector that holds y is taken apart, so that 1 - p_y is a sum and not a difference.
   const int64_t before = y / W * W, after = before + W < C ? before + W : C;
-  double other = sum_exp(x, e, 0, before, m) + sum_exp(x, e, after, C, m);
-  A z[W], exps[W];
-  for (int64_t i = 0; i < W; ++i) z[i] = before + i < C ? to_float(x[before + i]) : A(-INFINITY);
-  store(exps, vexp(load(z) - splat<V>(m)));
-  const A e_y = exps[y - before];
-  exps[y - before] = 0;
-  other += static_cast<double>(sum(load(exps)));
+  const V shift = splat<V>(m);
+  ExpSum<T> rest;
+  rest.add(x, e, 0, before, shift);
+  const int64_t held = after - before;
+  const V exps = vexp((held == W ? load(x + before) : load_part<T>(x + before, held, A(-INFINITY))) - shift);
+  rest.s0 += without_lane(exps, y - before);
+  rest.add(x, e, after, C, shift);
+  const A other = static_cast<A>(rest.total()), d_y = to_float(x[y]) - m, e_y = lane(exps, y - before);
 
-  const SoftmaxRow<A> out = softmax_focal_row<G, A>(e_y, static_cast<A>(other), z[y - before] - m, r.args.gamma);
+  const SoftmaxRow<A> out = softmax_focal_row<G, A>(e_y, other, d_y, r.args.gamma);
   const A w = r.weight_of(y);
   if (r.loss) r.loss[row] = w * out.loss;
   if (!r.grad) return;
-  if (e) std::memcpy(e + before, exps, (after - before) * sizeof(A));
-  e[y] = -static_cast<A>(other);  // p_y - 1 = -other / total
+  store(e + before, exps);
+  e[y] = -other;  // p_y - 1 = -other / total
   const V scale = splat<V>(r.row_scale(row) * w * out.omega * out.inverse_sum);
   write_row(r.grad + row * C, C, r.args.stream, [&](int64_t i, int64_t n) { return load_up_to(e + i, n) * scale; });
 }
@@ -244,9 +256,8 @@ void dense_row(const SoftmaxRows<T, TT>& r, int64_t row, typename Lanes<T>::scal
   if (!r.grad) return;
   const A g = r.row_scale(row);
   const V p_scale = splat<V>(static_cast<double>(inverse) * weights), scale = splat<V>(g);
-  write_row(r.grad + row * C, C, r.args.stream, [&](int64_t i, int64_t n) {
-    return (load_up_to(e + i, n) * p_scale - load_up_to(h + i, n)) * scale;
-  });
+  write_row(r.grad + row * C, C, r.args.stream,
+            [&](int64_t i, int64_t n) { return (load_up_to(e + i, n) * p_scale - load_up_to(h + i, n)) * scale; });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -2,13 +2,13 @@
 #include "../common/stored_grad.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "../common/host.h"
 
@@ -20,8 +20,15 @@ double factor(const at::Tensor& grad_output, const std::optional<at::Tensor>& di
   return divisor.has_value() ? g / *value_of(divisor) : g;
 }
 
-at::Tensor scale_stored_grad(const at::Tensor& grad_output, const at::Tensor& stored, const std::optional<at::Tensor>& divisor) {
-  return at::mul(stored, at::scalar_tensor(factor(grad_output, divisor), stored.options().dtype(at::kDouble)));
+// A copy of stored, scaled; where nothing counted (a divisor of 0) zeros stay zeros: no 0 * inf.
+at::Tensor scaled(const at::Tensor& stored, double scale) {
+  const at::Tensor out = stored.mul(scale);
+  return std::isfinite(scale) ? out : out.masked_fill_(stored.eq(0), 0);
+}
+
+at::Tensor scale_stored_grad(const at::Tensor& grad_output, const at::Tensor& stored,
+                             const std::optional<at::Tensor>& divisor) {
+  return scaled(stored, factor(grad_output, divisor));
 }
 
 }  // namespace
@@ -39,11 +46,10 @@ at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Ten
   at::Tensor stored = found->second.toTensor();
   const double scale = factor(grad_output, std::nullopt) / ctx->saved_data["divisor"].toDouble();
   if (torch::autograd::get_current_graph_task_keep_graph()) {
-    return at::mul(stored, scale);
+    return scaled(stored, scale);
   }
   ctx->saved_data.erase("grad");  // the only other reference: .grad takes the buffer over without a copy
-  if (scale != 1.0) stored.mul_(scale);
-  return stored;
+  return std::isfinite(scale) ? (scale == 1.0 ? stored : stored.mul_(scale)) : scaled(stored, scale);
 }
 
 bool plain_eager() {

@@ -1,8 +1,8 @@
 // Focal loss, sigmoid and softmax: the formulas, for one scalar or one vector V of them.
 //
-// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit, vsqrt.
-// No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0, so that small
-// losses keep their digits and gamma < 1 has finite gradients.
+// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit,
+// vsqrt. No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0, so that
+// small losses keep their digits and gamma < 1 has finite gradients.
 #pragma once
 
 namespace dlkernels {
@@ -79,6 +79,15 @@ DL_INLINE LossAndGrad<V> sigmoid_focal_soft(V x, V y, double gamma) {
 //   p = e_y / (e_y + other), u = other / (e_y + other),  FL = u^gamma (-log p),
 //   dFL/dz_k = omega (p_k - delta_ky),  omega = u^gamma (1 + gamma p (-log p) / u).
 template <class V>
+DL_INLINE V minus_log_p(V e_y, V other, V total, V d_y) {
+  const V ratio = select(e_y > 0.0f, vmin(other, e_y) / e_y, splat<V>(0));
+  return select(other < e_y, vlog1p_unit(ratio), vlog(total) - d_y);
+}
+template <>
+DL_INLINE float minus_log_p(float e_y, float other, float total, float d_y) {
+  return other < e_y ? vlog1p_unit(other / e_y) : vlog(total) - d_y;
+}
+template <class V>
 struct SoftmaxRow {
   V loss, omega, u, inverse_sum;
 };
@@ -87,8 +96,7 @@ DL_INLINE SoftmaxRow<V> softmax_focal_row(V e_y, V other, V d_y, double gamma) {
   const V total = e_y + other;
   const V inverse = splat<V>(1) / total;
   // log p in the form that keeps its digits: close to 0 when y dominates, close to d_y when it does not.
-  const V small = vlog1p(select(e_y > 0.0f, vmin(other, e_y) / e_y, splat<V>(0)));
-  const V ell = select(other < e_y, small, vlog(total) - d_y);
+  const V ell = minus_log_p(e_y, other, total, d_y);
   const V u = other * inverse;
   if constexpr (G == Gamma::kZero) return {ell, splat<V>(1), u, inverse};
   const V focus = power<G>(u, vlog(u), gamma);

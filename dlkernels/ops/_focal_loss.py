@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import FusedFunction, ScaleStoredGrad, accumulate_dtype, batch_first, loop_over_batch, register
+from .._library import (
+    FusedFunction,
+    ScaleStoredGrad,
+    accumulate_dtype,
+    batch_first,
+    loop_over_batch,
+    register,
+    scale_in_place,
+    stored_grad_is_free,
+)
 from ..reference import focal_loss as reference_focal_loss
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -34,7 +43,11 @@ def reduced_backward(ctx: Any, grad_output: Tensor, rows_shape: Any, recompute: 
     """Backward of a reduced loss: scale what the forward pass stored, or recompute when a graph is being made of it."""
     if ctx.stored is not None and not torch.is_grad_enabled():
         stored, divisor = ctx.stored
-        return ScaleStoredGrad.call(grad_output, stored, divisor if stored.dtype == torch.float16 else None)
+        divisor = divisor if stored.dtype == torch.float16 else None
+        if stored_grad_is_free(stored):
+            ctx.stored = None  # the last use: .grad takes the buffer over without a copy
+            return scale_in_place(grad_output, stored, divisor)
+        return ScaleStoredGrad.call(grad_output, stored, divisor)
     if ctx.dropped_input:
         raise RuntimeError(f"this loss kept its gradient but not its input: {FORWARD_HINT}")
     divisor = ctx.saved_tensors[-1]

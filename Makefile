@@ -1,0 +1,64 @@
+# make demo | test | bench | gpu | lint     each sets up all that it needs
+#
+# Without PYTHON, everything runs in .venv, made from python3. With PYTHON=..., that interpreter is used as it is:
+# nothing is installed, only the compiled part is built.
+
+TORCH ?= 2.13.0
+TRITON ?= 3.7.1
+
+ifeq ($(origin PYTHON),undefined)
+  PY := $(CURDIR)/.venv/bin/python
+  READY := .venv/ready
+else
+  PY := $(PYTHON)
+  READY :=
+endif
+
+export PYTHONPATH := $(CURDIR)
+MAX_JOBS ?= 2
+export MAX_JOBS
+
+.PHONY: demo test test-python test-interpreter bench gpu lint format build clean help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+.venv/ready: .ci/requirements.txt Makefile
+	python3 -m venv .venv
+	printf 'torch==$(TORCH)\ntriton==$(TRITON)\n' > .venv/constraints.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) triton==$(TRITON)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -r .ci/requirements.txt
+	touch $@
+
+build: $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
+
+demo: build
+	$(PY) -m dlkernels demo
+
+test: test-python test-interpreter
+
+test-python: build
+	$(PY) -m pytest tests --ignore tests/triton_kernels
+
+test-interpreter: build
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
+
+bench: build
+	$(PY) -m dlkernels bench
+
+gpu:
+	$(PY) benchmarks/gpu_gate.py $(if $(STAGES),--stages $(STAGES))
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(dir $(PY))clang-format --dry-run --Werror
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(dir $(PY))clang-format -i
+
+clean:
+	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_build_record.json
