@@ -80,6 +80,18 @@ def cuda_problem() -> str:
     return ""
 
 
+def find_cuda_home() -> None:
+    """Set CUDA_HOME to the toolkit that nvcc itself names: the nvcc on PATH may be a wrapper in another folder."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cu") as empty:
+        said = subprocess.run([nvcc, "--dryrun", "-c", empty.name], capture_output=True, text=True, cwd="/").stderr
+    for line in said.splitlines():
+        if line.startswith("#$ TOP=") and Path(line[7:], "bin", "nvcc").exists():
+            os.environ["CUDA_HOME"] = str(Path(line[7:]).resolve())
+
+
 def wanted(name: str, problem: str, consequence: str) -> bool:
     """Whether to build a part; warns or stops, in one line, when it is impossible."""
     choice = switch(name)
@@ -95,6 +107,7 @@ def build_options() -> dict:
     """ext_modules and cmdclass; torch is imported only where something is compiled."""
     if not {"build_ext", "build", "bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         return {}  # sdist, egg_info, --version: nothing to compile
+    find_cuda_home()
     try:
         import torch
         from torch.utils import cpp_extension
@@ -128,8 +141,14 @@ def build_options() -> dict:
             ext.extra_objects = [str(o) for o in objects]
             ext.depends += ext.extra_objects
             super().build_extension(ext)
-            folder = ROOT / "dlkernels" if self.inplace else Path(self.get_ext_fullpath(ext.name)).parent
-            (folder / "_build_record.json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
+            write_record(Path(self.get_ext_fullpath(ext.name)).parent)
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            write_record(ROOT / "dlkernels")
+
+    def write_record(folder: Path) -> None:
+        (folder / "_build_record.json").write_text(json.dumps({"torch": torch.__version__}) + "\n")
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

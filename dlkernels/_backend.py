@@ -31,7 +31,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module, or None and the reason in one line."""
     if importlib.util.find_spec("dlkernels._C") is None:
         return None, "dlkernels._C is not built: run `pip install --no-build-isolation .` with a C++17 compiler"
-    built_for = json.loads(_RECORD.read_text()).get("torch", "an unknown torch") if _RECORD.exists() else "?"
+    built_for = json.loads(_RECORD.read_text()).get("torch", "an unknown torch") if _RECORD.exists() else "an unknown torch"
     if _minor(built_for) != _minor(torch.__version__):
         return None, (
             f"dlkernels._C was built for torch {built_for} and this is torch {torch.__version__}: "
