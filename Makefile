@@ -45,7 +45,7 @@ test-interpreter: build
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
 
 bench: build
-	$(PY) -m dlkernels bench
+	$(PY) -m pytest benchmarks
 
 gpu:
 	$(PY) benchmarks/gpu_gate.py $(if $(STAGES),--stages $(STAGES))

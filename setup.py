@@ -22,7 +22,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
@@ -181,4 +181,35 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
     return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
 
 
-setup(**build_options())
+def version() -> str:
+    scope: dict = {}
+    exec((ROOT / "dlkernels" / "_version.py").read_text(), scope)
+    return scope["__version__"]
+
+
+# The metadata stands here and not in pyproject.toml, so that any setuptools of the last years reads it.
+setup(
+    name="dlkernels",
+    version=version(),
+    description="Fused losses, layers and optimizers of modern vision training, for NVIDIA GPUs and for CPUs",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dlkernels", "dlkernels.*"]),
+    package_data={"dlkernels": ["_build_record.json"]},
+    include_package_data=False,
+    install_requires=["torch>=2.11"],
+    extras_require={
+        "cli": ["rich", "matplotlib"],
+        "demo": ["rich", "matplotlib", "scikit-learn", "monai>=1.6"],
+        "bench": ["pytest", "pytest-benchmark", "rich", "matplotlib"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "expecttest", "numpy", "rich", "matplotlib", "scikit-learn"],
+    },
+    classifiers=[
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    **build_options(),
+)

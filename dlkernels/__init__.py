@@ -8,8 +8,6 @@ from ._info import build_info
 from ._version import __version__
 from .ops import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
 
-
-
 __all__ = [
     "__version__",
     "backend",

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,19 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def _built_for() -> str:
+    """The torch that the extension was built for, as its build wrote it down."""
+    try:
+        return str(json.loads(_RECORD.read_text())["torch"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "an unknown torch"
+
+
 def _load_extension() -> tuple[ModuleType | None, str]:
     """The compiled module, or None and the reason in one line."""
     if importlib.util.find_spec("dlkernels._C") is None:
         return None, "dlkernels._C is not built: run `pip install --no-build-isolation .` with a C++17 compiler"
-    built_for = json.loads(_RECORD.read_text()).get("torch", "an unknown torch") if _RECORD.exists() else "an unknown torch"
+    built_for = _built_for()
     if _minor(built_for) != _minor(torch.__version__):
         return None, (
             f"dlkernels._C was built for torch {built_for} and this is torch {torch.__version__}: "
@@ -46,10 +55,15 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 C, C_MISSING = _load_extension()
 
 
+def triton_installed() -> bool:
+    """Whether there is a triton to import: asked without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
 def triton_missing() -> str:
     """Empty when Triton can be imported, else the reason."""
-    if importlib.util.find_spec("triton") is None:
+    if not triton_installed():
         return "triton is not installed"
     try:
         importlib.import_module("triton.language")
@@ -135,11 +149,21 @@ def default_for(device_type: str) -> str:
     return next((name for name in order if not _why_not(name, device_type)), "reference")
 
 
+def _outside() -> int:
+    """The stacklevel, for a warning raised by this function's caller, of the first frame outside of the package."""
+    package, level, frame = str(Path(__file__).parent), 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @functools.cache
 def _warn_reference(device_type: str) -> None:
     better = {"cpu": "cpp", "cuda": "triton"}.get(device_type)
     reason = f": {_why_not(better, device_type)}" if better else ""
-    warnings.warn(f"dlkernels runs its plain PyTorch reference for {device_type} tensors{reason}", stacklevel=4)
+    warnings.warn(
+        f"dlkernels runs its plain PyTorch reference for {device_type} tensors{reason}", stacklevel=_outside()
+    )
 
 
 def choose(device_type: str) -> str:

@@ -50,20 +50,20 @@ def reduction_code(reduction: str) -> int:
 
 
 def non_negative(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not (number >= 0.0 and math.isfinite(number)):
+    x = number(name, value)
+    if not (x >= 0.0 and math.isfinite(x)):
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value}")
-    return number
+    return x
 
 
 def in_unit_interval(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0.0 <= number <= 1.0:
+    x = number(name, value)
+    if not 0.0 <= x <= 1.0:
         raise ValueError(f"`{name}` must be in [0, 1], got {value}")
-    return number
+    return x
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         try:
             return float(value)  # numpy scalars and the like
@@ -97,4 +97,4 @@ def normalizer(value: Any, reduction: str, like_name: str, like: Tensor) -> Tens
             raise ValueError(f"`normalizer` must have one element, got shape {shape_of(value)}")
         same_device("normalizer", value, like_name, like)
         return value.reshape(()).to(dtype)
-    return torch.full((), _number("normalizer", value), dtype=dtype, device=like.device)
+    return torch.full((), number("normalizer", value), dtype=dtype, device=like.device)

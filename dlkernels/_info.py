@@ -63,4 +63,7 @@ def _active(device: str) -> dict[str, str]:
         return {"backend": name, "why": _backend.C_MISSING}
     if not torch.cuda.is_available():
         return {"backend": name, "why": "no CUDA device is visible"}
-    return {"backend": name, "why": _backend._why_not("cuda", device) if name == "triton" else _backend.triton_missing()}
+    return {
+        "backend": name,
+        "why": _backend._why_not("cuda", device) if name == "triton" else _backend.triton_missing(),
+    }

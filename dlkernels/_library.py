@@ -31,6 +31,7 @@ class FusedFunction(torch.autograd.Function):
     """Base of every op. A subclass names its op, its family, and gives fake, setup_context, backward and vmap."""
 
     schema: str  # "foo_fwd(Tensor input, ...) -> Tensor"
+    call: Callable[..., Any]  # the differentiable op; `register` sets it
     family: str  # module of dlkernels.triton that holds the launcher
 
     @classmethod
@@ -40,8 +41,7 @@ class FusedFunction(torch.autograd.Function):
     @classmethod
     def kernel(cls, *args: Any) -> Any:
         """Run the kernel: below autograd, on the backend in force."""
-        first = next(a for a in args if isinstance(a, Tensor))
-        if _backend.intercepted(first.device.type):
+        if _backend.intercepted(_first_tensor(args).device.type):
             with torch.profiler.record_function(f"dlkernels::{cls.op_name()}"):
                 return launcher(cls)(*args)
         return getattr(torch.ops.dlkernels, cls.op_name()).default(*args)
@@ -49,14 +49,6 @@ class FusedFunction(torch.autograd.Function):
     @classmethod
     def forward(cls, *args: Any) -> Any:
         return cls.kernel(*args)
-
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        """The differentiable op."""
-        first = next(a for a in args if isinstance(a, Tensor))
-        if transforms_active() or _backend.intercepted(first.device.type):
-            return cls.apply(*args)
-        return getattr(torch.ops.dlkernels, cls.op_name()).default(*args)
 
 
 def launcher(cls: type[FusedFunction]) -> Callable[..., Any]:
@@ -69,11 +61,25 @@ def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
     name = f"dlkernels::{cls.op_name()}"
     LIBRARY.define(cls.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    if not _backend.triton_missing():
+    if _backend.triton_installed():
         LIBRARY.impl(cls.op_name(), lambda *args: launcher(cls)(*args), "CUDA")
     torch.library.register_autograd(name, cls.backward, setup_context=cls.setup_context, lib=LIBRARY)
     torch.library.register_vmap(name, cls.vmap, lib=LIBRARY)
     OPS[cls.op_name()] = cls
+    overload = getattr(torch.ops.dlkernels, cls.op_name()).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if transforms_active() or _backend.intercepted(_first_tensor(args).device.type):
+            return cls.apply(*args)
+        return overload(*args)
+
+    cls.call = staticmethod(call)
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    return next(a for a in args if isinstance(a, Tensor))
 
 
 def loop_over_batch(call: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:

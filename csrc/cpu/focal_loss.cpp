@@ -78,7 +78,9 @@ double reduction_divisor(int64_t reduction, double mean_divisor, std::optional<d
 }
 
 // float16 keeps its stored gradient undivided: 1 / N would underflow before a loss scale can help.
-double stored_scale(const at::Tensor& input, double divisor) {
+// A mean over nothing has zero gradients.
+double stored_scale(const at::Tensor& input, int64_t reduction, double divisor) {
+  if (reduction == kMean && divisor == 0) return 0.0;
   return input.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor;
 }
 
@@ -220,7 +222,7 @@ LossResult sigmoid_focal_loss_forward(const at::Tensor& input, const at::Tensor&
   problem.args.partial = partial.data();
   if (need_grad) {
     result.grad = at::empty_like(problem.input);
-    write_grad_to(problem, result.grad, stored_scale(input, divisor));
+    write_grad_to(problem, result.grad, stored_scale(input, reduction, divisor));
   }
   problem.run();
   result.loss = scalar(sum_in_order(partial.data(), problem.blocks()) / divisor, input);
@@ -250,7 +252,7 @@ LossResult softmax_focal_loss_forward(const at::Tensor& input, const at::Tensor&
   problem.args.loss = rows.mutable_data_ptr();
   if (need_grad && reduction != kNone) {
     result.grad = at::empty_like(problem.input);
-    write_grad_to(problem, result.grad, stored_scale(input, divisor));
+    write_grad_to(problem, result.grad, stored_scale(input, reduction, divisor));
   }
   problem.run();
   if (reduction == kNone) {

@@ -72,7 +72,9 @@ struct Common {
     target = tensor_or_undefined(t);
     const auto code = reduction_code(red);
     if (!input.defined() || !target.defined() || !code || !PyLong_CheckExact(ignore) || !PyBool_Check(higher)) return;
-    if (!plain_eager() || !plain_cpu(input) || !plain_cpu(target) || !floating_input(input)) return;
+    if (!plain_eager() || !plain_cpu(input) || !plain_cpu(target) || !floating_input(input) ||
+        input._fw_grad(/*level=*/0).defined())
+      return;
     reduction = *code;
     ignore_index = PyLong_AsLongLong(ignore);
     if (ignore_index == -1 && PyErr_Occurred()) {
@@ -122,7 +124,8 @@ struct SigmoidNode : torch::autograd::Function<SigmoidNode> {
     TORCH_CHECK(!saved.empty(), kDropped);
     const SigmoidOptions o{ctx->saved_data["alpha"].toDouble(), ctx->saved_data["gamma"].toDouble(),
                            ctx->saved_data["ignore_index"].toInt()};
-    if (!at::GradMode::is_enabled()) return {sigmoid_focal_loss_backward(grads[0], saved[0], saved[1], o), {}, {}, {}};
+    if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
+      return {sigmoid_focal_loss_backward(grads[0], saved[0], saved[1], o), {}, {}, {}};
     const at::Tensor g = stores ? spread(grads[0], ctx->saved_data["total"].toDouble(), saved[0].sizes()) : grads[0];
     static const auto bwd =
         op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, double, int64_t)>(
@@ -158,7 +161,7 @@ struct SoftmaxNode : torch::autograd::Function<SoftmaxNode> {
     TORCH_CHECK(!saved.empty(), kDropped);
     const SoftmaxOptions o{ctx->saved_data["gamma"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(),
                            ctx->saved_data["ignore_index"].toInt(), false};
-    if (!at::GradMode::is_enabled())
+    if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
       return {softmax_focal_loss_backward(grads[0], saved[0], saved[1], saved[2], o), {}, {}, {}, {}};
     at::DimVector rows(saved[0].sizes());
     rows.erase(rows.begin() + 1);

@@ -123,8 +123,8 @@ void sigmoid_blocks(const SigmoidArgs& a, int64_t block_begin, int64_t block_end
           if (a.grad_output_step == 0) factor = splat<V>(static_cast<double>(*grad_output));
           else factor = whole ? load(grad_output + at) : load_part<A>(grad_output + at, left, A(0));
           g = g * factor;
-          if constexpr (!kFloats) g = select(tv < 0.0f, splat<V>(0), g);
         }
+        if constexpr (!kFloats) g = select(tv < 0.0f, splat<V>(0), g);  // 0 even where the scale is infinite
         if (!whole) store_part<T>(grad + at, g, left);
         else if (stream_grad) stream<T>(grad + at, g);
         else store(grad + at, g);

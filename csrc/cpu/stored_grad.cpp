@@ -20,15 +20,18 @@ double factor(const at::Tensor& grad_output, const std::optional<at::Tensor>& di
   return divisor.has_value() ? g / *value_of(divisor) : g;
 }
 
+// As a tensor: a plain number would be rounded to the gradient's dtype first, and a large loss scale lost in float16.
+at::Tensor as_tensor(double scale) { return at::scalar_tensor(scale, at::TensorOptions().dtype(at::kDouble)); }
+
 // A copy of stored, scaled; where nothing counted (a divisor of 0) zeros stay zeros: no 0 * inf.
 at::Tensor scaled(const at::Tensor& stored, double scale) {
-  const at::Tensor out = stored.mul(scale);
+  const at::Tensor out = stored.mul(as_tensor(scale));
   return std::isfinite(scale) ? out : out.masked_fill_(stored.eq(0), 0);
 }
 
 at::Tensor scale_stored_grad(const at::Tensor& grad_output, const at::Tensor& stored,
                              const std::optional<at::Tensor>& divisor) {
-  return scaled(stored, factor(grad_output, divisor));
+  return scaled(stored.contiguous(), factor(grad_output, divisor));
 }
 
 }  // namespace
@@ -44,12 +47,14 @@ at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Ten
               "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
               "retain_graph=True for the first pass if a second one is needed.");
   at::Tensor stored = found->second.toTensor();
-  const double scale = factor(grad_output, std::nullopt) / ctx->saved_data["divisor"].toDouble();
+  const double divisor = ctx->saved_data["divisor"].toDouble();
+  if (!plain_eager() || !plain_cpu(grad_output)) return stored.mul(grad_output.div(divisor));  // batched gradients
+  const double scale = factor(grad_output, std::nullopt) / divisor;
   if (torch::autograd::get_current_graph_task_keep_graph()) {
     return scaled(stored, scale);
   }
   ctx->saved_data.erase("grad");  // the only other reference: .grad takes the buffer over without a copy
-  return std::isfinite(scale) ? (scale == 1.0 ? stored : stored.mul_(scale)) : scaled(stored, scale);
+  return std::isfinite(scale) ? (scale == 1.0 ? stored : stored.mul_(as_tensor(scale))) : scaled(stored, scale);
 }
 
 bool plain_eager() {
@@ -59,7 +64,7 @@ bool plain_eager() {
 }
 
 bool plain_cpu(const at::Tensor& x) {
-  return x.is_cpu() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) && !x.is_neg() &&
+  return x.is_cpu() && x.has_storage() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) && !x.is_neg() &&
          !x._is_zerotensor();
 }
 

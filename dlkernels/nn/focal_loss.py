@@ -31,7 +31,7 @@ class SigmoidFocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         _checks.reduction_code(reduction)
-        if alpha is not None and not alpha < 0:
+        if alpha is not None and not _checks.number("alpha", alpha) < 0:
             _checks.in_unit_interval("alpha", alpha)
         self.alpha = alpha
         self.gamma = _checks.non_negative("gamma", gamma)

@@ -30,7 +30,7 @@ FORWARD_HINT = "pass higher_order=True (the default) to the loss to keep its inp
 
 
 def second_order(ctx: Any, rows: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients, in grad_output and input, of dx = vjp(rows)(grad_output): the reference formula, differentiated twice."""
+    """Gradients, in grad_output and input, of dx = vjp(rows)(grad_output): the reference, differentiated twice."""
     grad_output, input = ctx.saved_tensors[:2]
 
     def first(g: Tensor, x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def sigmoid_focal_loss(
     code = _checks.reduction_code(reduction)
     _checks.floating("inputs", inputs)
     _check_sigmoid_targets(inputs, targets)
-    alpha = -1.0 if alpha is None or alpha < 0 else _checks.in_unit_interval("alpha", alpha)
+    alpha = -1.0 if alpha is None else _checks.number("alpha", alpha)
+    alpha = -1.0 if alpha < 0 else _checks.in_unit_interval("alpha", alpha)
     gamma = _checks.non_negative("gamma", gamma)
     _checks.integer("ignore_index", ignore_index)
     divisor = _checks.normalizer(normalizer, reduction, "inputs", inputs)
@@ -84,7 +85,7 @@ def sigmoid_focal_loss(
         targets = targets.int()
 
     serve = _backend.choose(inputs.device.type)
-    plain = serve == "reference" or _wants_grad(targets)
+    plain = serve == "reference" or _wants_grad(targets) or _has_tangent(inputs)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:
             divisor = reference.sigmoid_divisor(inputs, targets, ignore_index)
@@ -204,7 +205,7 @@ def cross_entropy(
         TypeError, ValueError, IndexError: as `softmax_focal_loss`.
 
     Note:
-        As `softmax_focal_loss`. A masked class (logit -inf) with a target probability of 0 costs 0, where torch gives NaN.
+        As `softmax_focal_loss`. A masked class (logit -inf) with a target probability of 0 costs 0; in torch it is NaN.
 
     Reference:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 1 to 3; torch.nn.CrossEntropyLoss.
@@ -256,6 +257,7 @@ def _softmax(
         t = t if t.dtype in (torch.int64, torch.int32) else t.int()
 
     plain = _backend.choose(input.device.type) == "reference" or _wants_grad(t) or _wants_grad(weight)
+    plain = plain or _has_tangent(x)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:
             divisor = reference.softmax_divisor(x, t, weight if mean_of_weights else None, ignore_index)
@@ -276,6 +278,13 @@ def _softmax(
 
 def _wants_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """True in forward-mode differentiation (torch.autograd.forward_ad), which the reference serves."""
+    if _is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return False
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def _memory_order(x: Tensor) -> list[int] | None:

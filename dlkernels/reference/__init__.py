@@ -1,1 +1,1 @@
-"""Plain PyTorch in the papers' symbols: slow, obvious, differentiable any number of times. Ground truth and last resort."""
+"""Plain PyTorch in the papers' symbols: slow, obvious, differentiable. Ground truth and last resort."""

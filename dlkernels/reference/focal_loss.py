@@ -16,9 +16,9 @@ def _compute(x: Tensor) -> Tensor:
 
 
 def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, ignore_index: int) -> Tensor:
-    """Per-element loss, in the shape of inputs. Targets: floats, 0/1 integers, or class indices of shape inputs.shape[:-1].
+    """Per-element loss, in the shape of inputs; alpha < 0 switches the balancing off.
 
-    alpha < 0 switches the balancing off.
+    Targets: floats, 0/1 integers, or class indices of shape inputs.shape[:-1].
     """
     x = _compute(inputs)
     y, ignored = dense_targets(inputs, targets, ignore_index)
@@ -31,7 +31,7 @@ def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: flo
     if torch.is_floating_point(targets):
         # Soft labels: ce = softplus(x) - y x, FL = alpha_t (p + y - 2 p y)^gamma ce.
         is_hard = (y == 0) | (y == 1)
-        y_soft = torch.where(is_hard, 0.5, y)
+        x, y_soft = torch.where(is_hard, 0.0, x), torch.where(is_hard, 0.5, y)
         p = torch.sigmoid(x)
         ce = -F.logsigmoid(-x) - y_soft * x
         hard = torch.where(is_hard, hard, (p * (1 - y_soft) + y_soft * (1 - p)) ** gamma * ce)
@@ -41,7 +41,10 @@ def sigmoid_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: flo
 
 def _focal(log_u: Tensor, log_p: Tensor, gamma: float) -> Tensor:
     """-u^gamma log p from the logarithms of u = 1 - p and p; gamma = 0 leaves log_u alone, which may be -inf."""
-    return -log_p if gamma == 0 else -torch.exp(gamma * log_u) * log_p
+    if gamma == 0:
+        return -log_p
+    lost = log_p == float("-inf")  # there u = 1, and the gradient's p log p tends to 0
+    return torch.where(lost, -log_p, -torch.exp(gamma * log_u) * torch.where(lost, -1.0, log_p))
 
 
 def dense_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +87,8 @@ def softmax_focal_loss(
         alone = (others == float("-inf")).all(1, keepdim=True) & (z.gather(1, index) > float("-inf"))
         d = z.gather(1, index) - torch.logsumexp(torch.where(alone, 0.0, others), 1, keepdim=True)
         loss = _focal(F.logsigmoid(-d), F.logsigmoid(d), gamma)
-        loss = torch.where(alone, 0.0, loss).squeeze(1)
+        loss = torch.where(alone, 0.0, loss)
+        loss = (loss * torch.where((z == float("inf")).any(1, keepdim=True), float("nan"), 1.0)).squeeze(1)
         if alpha is not None:
             loss = loss * alpha.to(z.dtype)[index.squeeze(1)]
     loss = torch.where(bad, float("nan"), loss)

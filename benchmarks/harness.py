@@ -1,0 +1,385 @@
+"""What a benchmark declares (Family, Case), and how one case is checked against float64 and measured."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import timing  # noqa: E402
+
+import dlkernels as dk  # noqa: E402
+from dlkernels.testing import error_budget, relative_error  # noqa: E402
+
+OURS = "dlkernels"
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+FULL = os.environ.get("FULL", "0") not in ("", "0")
+
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results: an op on one kind of input, in one direction.
+
+    Args:
+        op: public name in dlkernels.
+        shape: of the logits.
+        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`).
+        targets: "float", "index" or "soft"; what each means is the family's business.
+        layout: "contiguous" or "channels_last".
+        options: further arguments of the op, as (name, value) pairs.
+        loss_scale: the gradient that arrives at the loss, as from a GradScaler.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    direction: str = "fwd+bwd"
+    reduction: str = "mean"
+    targets: str = "index"
+    layout: str = "contiguous"
+    options: tuple[tuple[str, Any], ...] = ()
+    loss_scale: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "fwd+bwd"
+
+    @property
+    def name(self) -> str:
+        """`cross_entropy 4096x1000 fp32 mean fwd+bwd`, plus what is unusual."""
+        words = [self.op, "x".join(map(str, self.shape)), DTYPE_NAMES[self.dtype], self.reduction]
+        words += [] if self.targets == "index" else [f"{self.targets}-targets"]
+        words += [] if self.layout == "contiguous" else [self.layout]
+        words += [f"{k}={v}" for k, v in self.options]
+        words += [] if self.loss_scale == 1.0 else [f"loss-scale={self.loss_scale:g}"]
+        return " ".join([*words, self.direction])
+
+    def option(self, name: str, default: Any = None) -> Any:
+        return dict(self.options).get(name, default)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package that has the op: measured where it imports, listed as "not installed" where not.
+
+    `build(case)` gives a function of the case's inputs, or None when the peer does not do this case.
+    """
+
+    name: str
+    module: str
+    build: Callable[[Case], Function | None]
+    gpu_only: bool = False
+
+    def missing(self, device: str) -> str:
+        """Empty when usable here, else why not."""
+        if importlib.util.find_spec(self.module) is None:
+            return "not installed"
+        if self.gpu_only and device != "cuda":
+            return "needs a GPU"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(self.module)
+        except Exception as error:
+            return f"does not import: {type(error).__name__}: {error}".splitlines()[0][:120]
+        return ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The declarations of one bench_<family>.py.
+
+    Args:
+        inputs: (case, device, generator) -> tensors; the first one takes the gradient.
+        ours, eager: case -> function of these tensors to the loss.
+        bytes_fwd, bytes_bwd: minimal bytes of each direction, the `Traffic` lines of the kernels.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    full_cases: Sequence[Case]
+    inputs: Callable[[Case, str, torch.Generator], tuple[Tensor, ...]]
+    ours: Callable[[Case], Function]
+    eager: Callable[[Case], Function]
+    bytes_fwd: Callable[[Case], int]
+    bytes_bwd: Callable[[Case], int]
+    peers: Sequence[Peer] = ()
+    gpu_cases: Sequence[Case] = ()  # added on a GPU, which the others do not fill
+    gate_cases: Sequence[Case] = ()  # small ones: sanitizers, capture
+    traffic_cases: Sequence[Case] = ()  # one large per kernel: ncu
+
+    def bytes(self, case: Case) -> int:
+        return self.bytes_fwd(case) + (self.bytes_bwd(case) if case.backward else 0)
+
+    def selected(self, device: str = "cpu", full: bool = FULL) -> list[Case]:
+        return [*self.cases, *(self.gpu_cases if device == "cuda" else ()), *(self.full_cases if full else ())]
+
+
+def generator(device: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def make_inputs(family: Family, case: Case, device: str, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs; the first requires a gradient when the case has a backward pass."""
+    x, *rest = family.inputs(case, device, generator(device, seed))
+    if case.layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.detach().requires_grad_(case.backward), *rest
+
+
+def upstream(case: Case, loss: Tensor, seed: int = 99) -> Tensor | None:
+    """The gradient that arrives at the loss: None (= 1), the loss scale, or random for reduction="none"."""
+    if loss.dim() > 0:
+        g = torch.randn(loss.shape, generator=generator(loss.device.type, seed), device=loss.device)
+        return g.to(loss.dtype)
+    return None if case.loss_scale == 1.0 else torch.full_like(loss, case.loss_scale)
+
+
+def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]) -> timing.Call:
+    """One training step of the loss as users write it, on input set i. Returns what a GPU graph has to keep alive."""
+    if not case.backward:
+
+        def forward(i: int) -> Any:
+            return function(*sets[i])
+
+        return forward
+    with torch.enable_grad():
+        g = upstream(case, function(*sets[0]).detach())
+
+    def step(i: int) -> Any:
+        tensors = sets[i]
+        x = tensors[0]
+        x.grad = None
+        loss = function(*tensors)
+        loss.backward(g)
+        return loss.detach(), x.grad
+
+    return step
+
+
+# Correctness on the very inputs that are timed ------------------------------------------------------------------------
+
+
+def evaluate(case: Case, function: Function, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    x = tensors[0].detach().requires_grad_(case.backward)
+    with torch.set_grad_enabled(case.backward):
+        loss = function(x, *tensors[1:])
+        if not case.backward:
+            return loss, None
+        (grad,) = torch.autograd.grad(loss, x, upstream(case, loss))
+    return loss.detach(), grad
+
+
+def in_float64(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().double() if t.is_floating_point() else t for t in tensors)
+
+
+def check(family: Family, case: Case, candidates: dict[str, Function], tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Errors of every candidate against the float64 reference; ours has to stay in the error budget (design.md).
+
+    The reference itself is held to the formula that people write, in float64. Candidates other than ours are held to a
+    loose bound: a peer that computes something else is not compared.
+    """
+    exact = in_float64(tensors)
+    with dk.backend("reference"):
+        truth = evaluate(case, family.ours(case), exact)
+    agree = max(_errors(evaluate(case, family.eager(case), exact), truth))
+    values = {name: evaluate(case, function, tensors) for name, function in candidates.items()}
+    errors = {name: _errors(value, truth) for name, value in values.items()}
+    failures = [] if agree < 1e-9 else [f"the float64 reference and the eager formula differ by {agree:.1e}"]
+    for what, ours, eager, exact_value in zip(("loss", "gradient"), values[OURS], values["eager"], truth, strict=True):
+        if ours is None or exact_value is None:
+            continue
+        if ours.shape != exact_value.shape or not torch.isfinite(ours).all():
+            failures.append(f"{what}: shape {tuple(ours.shape)} or values not finite")
+            continue
+        error, budget = (
+            relative_error(ours, exact_value),
+            error_budget(exact_value, eager, ours.dtype, scalar=ours.dim() == 0),
+        )
+        if not error <= budget:
+            failures.append(f"{what} error {error:.1e} > {budget:.1e}")
+    loose = 1e-4 if case.dtype == torch.float32 else 0.05
+    return {
+        "errors": {n: dict(zip(("loss", "grad"), e, strict=True)) for n, e in errors.items()},
+        "failures": failures,
+        "not_same": {n: max(e) for n, e in errors.items() if n not in (OURS, "eager") and not max(e) < loose},
+    }
+
+
+def _errors(value: tuple[Tensor | None, ...], truth: tuple[Tensor | None, ...]) -> list[float]:
+    pairs = zip(value, truth, strict=True)
+    return [
+        0.0 if t is None or v is None else relative_error(v, t) if v.shape == t.shape else math.inf for v, t in pairs
+    ]
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def candidates_for(
+    family: Family, case: Case, device: str, compile: bool = True
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """Functions by name, eager first, and the peers that are not here with the reason."""
+    eager = family.eager(case)
+    functions: dict[str, Function] = {"eager": eager}
+    absent = {}
+    if compile:
+        torch._dynamo.reset()
+        functions["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
+    functions[OURS] = family.ours(case)
+    for peer in family.peers:
+        if (why := peer.missing(device)) != "":
+            absent[peer.name] = why
+        elif (function := peer.build(case)) is not None:
+            functions[peer.name] = function
+    return functions, absent
+
+
+@contextlib.contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_case(
+    family: Family,
+    case: Case,
+    device: str,
+    curve: list[tuple[int, float]],
+    *,
+    budget_s: float = 1.0,
+    compile: bool = True,
+    gpu: timing.Cuda | None = None,
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Check and measure every candidate on one case: the JSON record, and the samples in seconds by candidate.
+
+    Args:
+        curve: `timing.copy_curve`, the roof.
+        budget_s: CPU seconds of samples for all candidates together.
+        gpu: measures as on a GPU; None on the CPU.
+    """
+    started = time.perf_counter()
+    with one_thread(device):
+        functions, absent = candidates_for(family, case, device, compile)
+        tensors = make_inputs(family, case, device)
+        record = _describe(family, case, absent)
+        dropped = _drop_failing(case, functions, tensors)
+        record["correct"] = verdict = check(family, case, functions, tensors)
+        for name, error in verdict["not_same"].items():
+            del functions[name]
+            dropped[name] = f"result differs by {error:.1e}: not measured"
+        record["dropped"] = dropped
+        if verdict["failures"]:
+            record["refused"] = "wrong result: " + "; ".join(verdict["failures"])
+            return record, {}
+        with torch.set_grad_enabled(case.backward):
+            if gpu is None:
+                samples = _measure_cpu(case, functions, tensors, record, budget_s)
+            else:
+                samples = _measure_gpu(family, case, functions, record, gpu)
+    _rate(record, curve)
+    record["seconds"] = time.perf_counter() - started
+    return record, samples
+
+
+def _describe(family: Family, case: Case, absent: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": case.name, "op": case.op, "shape": list(case.shape), "dtype": DTYPE_NAMES[case.dtype],
+        "direction": case.direction, "reduction": case.reduction, "targets": case.targets, "layout": case.layout,
+        "options": dict(case.options), "loss_scale": case.loss_scale, "bytes": family.bytes(case),
+        "bytes_fwd": family.bytes_fwd(case), "bytes_bwd": family.bytes_bwd(case) if case.backward else 0,
+        "absent": absent, "refused": "", "candidates": {},
+    }  # fmt: skip
+
+
+def _drop_failing(case: Case, functions: dict[str, Function], tensors: tuple[Tensor, ...]) -> dict[str, str]:
+    """Peers and compile may fail on a case (that is a result); eager and ours may not."""
+    dropped = {}
+    for name in [n for n in functions if n not in ("eager", OURS)]:
+        try:
+            evaluate(case, functions[name], tensors)
+        except Exception as error:
+            dropped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            del functions[name]
+    return dropped
+
+
+def _measure_cpu(case, functions, tensors, record, budget_s) -> dict[str, list[float]]:
+    calls = {name: make_call(case, function, [tensors]) for name, function in functions.items()}
+    src = torch.rand(max(record["bytes"] // 8, 1))
+    dst = torch.empty_like(src)
+    samples = timing.interleave(calls | {"copy": lambda _: dst.copy_(src)}, budget_s)
+    record["copy_gbps"] = record["bytes"] / min(samples.pop("copy")) / 1e9  # in turn with the rest: same noise
+    for name, call in calls.items():
+        tensors[0].grad = None
+        record["candidates"][name] = timing.summary(samples[name]) | {"peak_bytes": timing.peak_bytes_cpu(call)}
+        record["candidates"][name]["time_us"] = record["candidates"][name]["min_us"]
+    return samples
+
+
+def _measure_gpu(family, case, functions, record, gpu) -> dict[str, list[float]]:
+    count, cold = timing.buffer_sets(gpu, family.bytes(case))
+    sets = [make_inputs(family, case, gpu.device, seed) for seed in range(count)]
+    calls = {name: make_call(case, function, sets) for name, function in functions.items()}
+    peaks = {}
+    for name, call in calls.items():
+        sets[0][0].grad = None
+        call(0)  # lazy workspaces first
+        sets[0][0].grad = None
+        peaks[name] = gpu.peak_bytes(call)
+    latency = timing.call_latency(gpu, calls, count)
+    samples, failed = timing.device_time(gpu, calls, count)
+    record.update(buffer_sets=count, l2="cold" if cold else "hot")
+    for name in calls:
+        entry = latency[name] | {"peak_bytes": peaks[name]}
+        if name in samples:
+            entry |= timing.summary(samples[name])
+            entry["time_us"] = entry["median_us"]
+        else:
+            entry["why_no_device_time"] = failed[name]
+        record["candidates"][name] = entry
+    return samples
+
+
+def _rate(record: dict[str, Any], curve: list[tuple[int, float]]) -> None:
+    """Bandwidth over the minimal bytes, for every candidate alike, and ratios to eager and to compile."""
+    results = record["candidates"]
+    roof = record["copy_gbps"] = max(timing.copy_gbps_at(curve, record["bytes"]), record.get("copy_gbps", 0.0))
+    for entry in results.values():
+        if "time_us" not in entry:
+            continue
+        entry["gbps"] = record["bytes"] / entry["time_us"] / 1e3
+        entry["copy_share"] = entry["gbps"] / roof
+        for base in ("eager", "compile"):
+            if "time_us" in results.get(base, {}):
+                entry[f"x_{base}"] = results[base]["time_us"] / entry["time_us"]

@@ -1,0 +1,79 @@
+"""The least bytes that an op can move, by name, and the kernels behind it. Most ops need no entry here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import _backend
+
+# Where the general rule (every argument and every output once, written arguments twice) is wrong.
+BYTES: dict[str, Callable[..., int]] = {
+    "scale_stored_grad": lambda *_: 0,  # returns at once when the incoming gradient is 1
+}
+
+# Op -> part of its kernels' names; the default is the op's own name without its pass.
+KERNELS = {
+    "sigmoid_focal_loss": "sigmoid_focal",
+    "softmax_focal_loss": "softmax_focal",
+    "cross_entropy": "softmax_focal",
+    "scale_stored_grad": "scale",
+}
+
+
+def kernel_pattern(ops: Iterable[str]) -> str:
+    """A regular expression for the kernels of some ops."""
+    names = dict.fromkeys(re.sub(r"_(fwd|bwd)$", "", op) for op in ops)
+    parts = dict.fromkeys(KERNELS.get(name, name) for name in names if name != "scale_stored_grad" or len(names) == 1)
+    return "|".join(parts) or "kernel"
+
+
+def touched(tensor: Tensor) -> int:
+    """Bytes of the distinct elements: a broadcast dimension costs nothing."""
+    sizes = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride != 0 or n == 0)
+    return math.prod(sizes) * tensor.element_size()
+
+
+def minimum_bytes(func: Any, args: tuple[Any, ...], outputs: Any) -> int:
+    """Arguments read once, outputs written once; an argument that the schema marks as written counts twice."""
+    name = func.overloadpacket.__name__
+    if name in BYTES:
+        return BYTES[name](*args)
+    written = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+    total = sum(
+        touched(t) * (2 if is_written else 1)
+        for argument, is_written in zip(args, written)
+        for t in tree_leaves(argument)
+        if isinstance(t, Tensor)
+    )
+    return total + sum(touched(t) for t in tree_leaves(outputs) if isinstance(t, Tensor))
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if func.namespace == "dlkernels":
+            name = f"dlkernels::{func.overloadpacket.__name__}"
+            self.moved[name] = self.moved.get(name, 0) + minimum_bytes(func, args, outputs)
+        return outputs
+
+
+def bytes_per_step(step: Callable[[], None]) -> dict[str, int]:
+    """Least bytes of one step by range name, from a step whose ops all go through the dispatcher."""
+    compiled, _backend.C = _backend.C, None  # the eager C++ entries bypass it
+    try:
+        with _Count() as count:
+            step()
+    finally:
+        _backend.C = compiled
+    return count.moved

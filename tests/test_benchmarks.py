@@ -1,0 +1,390 @@
+"""The benchmarks: cases declare their bytes, results become tables, failing ops are refused, the GPU gate rehearses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dlkernels import _backend
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SAMPLES = Path(__file__).parent / "benchmark_samples"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_focal_loss  # noqa: E402
+import gate_parsers  # noqa: E402
+import gate_worker  # noqa: E402
+import guard  # noqa: E402
+import harness  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+
+FAMILY = bench_focal_loss.FAMILY
+DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_cases, *FAMILY.traffic_cases]
+needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    full = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    full.pop("PYTEST_ADDOPTS", None)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=full, capture_output=True, text=True, timeout=300)
+
+
+# Declarations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", DECLARED, ids=lambda case: case.name)
+def test_cases_declare_bytes(case: harness.Case) -> None:
+    logits = case.numel * case.itemsize
+    assert FAMILY.bytes_fwd(case) > logits, "logits and targets are read"
+    assert FAMILY.bytes_bwd(case) >= logits, "the gradient is written"
+    assert FAMILY.bytes(case) == FAMILY.bytes_fwd(case) + case.backward * FAMILY.bytes_bwd(case)
+
+
+@pytest.mark.parametrize("group", ["cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases"])
+def test_names_tell_cases_apart(group: str) -> None:
+    names = [case.name for case in getattr(FAMILY, group)]
+    assert len(names) == len(set(names))
+
+
+def test_minimal_bytes_of_known_cases() -> None:
+    case = harness.Case("cross_entropy", (4096, 1000))
+    assert FAMILY.bytes(case) == 2 * 4096 * 1000 * 4 + 4096 * 8 + 4, "logits read, gradient written, labels read, loss"
+    sigmoid = harness.Case("sigmoid_focal_loss", (10, 10), torch.bfloat16, targets="float", reduction="none")
+    assert FAMILY.bytes(sigmoid) == 400 + 400 + (400 + 400 + 200), "loss in fp32; backward reads all again"
+
+
+@pytest.mark.parametrize("case", FAMILY.gate_cases, ids=lambda case: case.name)
+def test_inputs_are_not_trivial(case: harness.Case) -> None:
+    x, target, *_ = harness.make_inputs(FAMILY, case, "cpu")
+    assert x.requires_grad == case.backward
+    assert x.dtype == case.dtype and x.shape == case.shape
+    assert x.std() > 1 and target.double().std() > 0
+    assert x.is_contiguous(memory_format=torch.channels_last) == (case.layout == "channels_last") or x.dim() != 4
+
+
+# Checking and measuring -----------------------------------------------------------------------------------------------
+
+CURVE = [(1 << 14, 10.0), (1 << 20, 80.0), (1 << 28, 20.0)]
+
+
+def test_run_case_measures_and_checks() -> None:
+    case = harness.Case("sigmoid_focal_loss", (64, 64), targets="float")
+    record, samples = harness.run_case(FAMILY, case, "cpu", CURVE, budget_s=0.05, compile=False)
+    assert record["refused"] == ""
+    ours = record["candidates"]["dlkernels"]
+    assert ours["time_us"] == pytest.approx(min(samples["dlkernels"]) * 1e6)
+    assert ours["gbps"] == pytest.approx(record["bytes"] / ours["time_us"] / 1e3)
+    assert ours["peak_bytes"] >= 64 * 64 * 4, "at least the gradient"
+    assert ours["x_eager"] == pytest.approx(record["candidates"]["eager"]["time_us"] / ours["time_us"])
+    assert {"median_us", "spread", "rounds"} <= ours.keys()
+
+
+def test_a_wrong_result_is_refused() -> None:
+    wrong = harness.Family(
+        **{f: getattr(FAMILY, f) for f in FAMILY.__dataclass_fields__}
+        | {"ours": lambda case: lambda x, t: FAMILY.ours(case)(x, t) * (1 if x.dtype == torch.float64 else 1.001)}
+    )
+    case = harness.Case("sigmoid_focal_loss", (64, 64), targets="float")
+    record, samples = harness.run_case(wrong, case, "cpu", CURVE, budget_s=0.05, compile=False)
+    assert "loss error" in record["refused"] and "gradient error" in record["refused"]
+    assert not samples and not record["candidates"]
+
+
+def test_a_candidate_that_computes_something_else_is_not_compared() -> None:
+    peer = harness.Peer("other", "torch", lambda case: lambda x, t: FAMILY.eager(case)(x, t) * 2)
+    family = harness.Family(**{f: getattr(FAMILY, f) for f in FAMILY.__dataclass_fields__} | {"peers": (peer,)})
+    case = harness.Case("sigmoid_focal_loss", (64, 64), targets="float")
+    record, _ = harness.run_case(family, case, "cpu", CURVE, budget_s=0.05, compile=False)
+    assert "other" not in record["candidates"] and "differs" in record["dropped"]["other"]
+
+
+def test_absent_peers_are_listed() -> None:
+    peer = harness.Peer("nobody", "a_package_nobody_has", lambda case: None)
+    assert peer.missing("cpu") == "not installed"
+    assert harness.Peer("gpu", "torch", lambda case: None, gpu_only=True).missing("cpu") == "needs a GPU"
+
+
+def test_copy_curve_interpolates() -> None:
+    assert timing.copy_gbps_at(CURVE, 1 << 20) == pytest.approx(80)
+    assert timing.copy_gbps_at(CURVE, 1 << 24) == pytest.approx(50)
+    assert timing.copy_gbps_at(CURVE, 1 << 40) == 20
+    assert timing.copy_gbps_at(CURVE, 1 << 13) == pytest.approx(5), "below, a copy takes constant time"
+
+
+def test_gpu_clock_rehearsed() -> None:
+    case = harness.Case("cross_entropy", (16, 10))
+    record, _ = harness.run_case(FAMILY, case, "cpu", CURVE, compile=False, gpu=timing.Rehearsal())
+    assert record["refused"] == "" and record["l2"] in ("hot", "cold")
+    entry = record["candidates"]["dlkernels"]
+    assert entry["time_us"] == entry["median_us"] and entry["latency_us"] >= entry["host_us"] > 0
+    assert entry["rounds"] == timing.REPLAYS
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def doc() -> dict[str, Any]:
+    return json.loads((SAMPLES / "focal_loss.json").read_text())
+
+
+def test_rows_and_losing_rows(doc: dict[str, Any]) -> None:
+    rows = {r["name"]: report.row(r) for r in doc["records"]}
+    assert all(len(cells) == len(report.HEADER) for cells in rows.values())
+    assert any(cells[-1] == "slower than compile" for cells in rows.values()), "losing rows are shown, and marked"
+    assert any(cells[-1].startswith("REFUSED: tests fail") for cells in rows.values())
+    assert "1 REFUSED" in report.conclusion(doc)
+
+
+def test_the_reference_is_refused_and_said_to_be(doc: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(_backend, "default_for", lambda device: "reference")
+    monkeypatch.setattr(_backend.state, "forced", None)
+    assert guard.why_tests_fail("focal_loss").startswith("not built")
+    environment = doc["environment"] | {"backend": {"cross_entropy_fwd": "reference"}}
+    assert "REFERENCE" in report.conclusion(doc | {"environment": environment})
+    assert "REFERENCE" not in report.conclusion(doc)
+
+
+def test_a_busy_machine_is_said_to_be(doc: dict[str, Any]) -> None:
+    assert "BUSY" not in report.conclusion(doc | {"environment": doc["environment"] | {"load": 0.9, "cores": 2}})
+    assert "BUSY" in report.conclusion(doc | {"environment": doc["environment"] | {"load": 5.0, "cores": 2}})
+
+
+def test_markdown_is_a_table(doc: dict[str, Any]) -> None:
+    table = [line for line in report.markdown(doc).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(doc["records"])
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_table_prints(doc: dict[str, Any], rich: bool, capsys: Any, monkeypatch: Any) -> None:
+    if not rich:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    report.show(doc)
+    printed = capsys.readouterr().out
+    assert "x compile" in printed and "slower than compile" in printed and "kornia: not installed" in printed
+
+
+@needs_plots
+def test_plots(doc: dict[str, Any], tmp_path: Path) -> None:
+    paths = report.write(doc, tmp_path)
+    assert [p.name for p in paths] == ["focal_loss.json", "focal_loss_speed.png", "focal_loss_bandwidth.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in paths[1:])
+
+
+def test_readme_section(doc: dict[str, Any], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    with pytest.raises(SystemExit, match="refused"):
+        report.rewrite_readme(readme, [(tmp_path / "focal_loss.json", doc)])
+    doc["records"] = [r for r in doc["records"] if not r["refused"]]
+    report.rewrite_readme(readme, [(tmp_path / "focal_loss.json", doc)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| case |" in text
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must have one"):
+        report.rewrite_readme(readme, [])
+
+
+# Refusal --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing_tests(tmp_path: Path, monkeypatch: Any) -> Path:
+    path = tmp_path / "test_focal_loss.py"
+    path.write_text("def test_it():\n    assert False\n")
+    monkeypatch.setattr(guard, "test_file", lambda family: path)
+    monkeypatch.setattr(guard, "ROOT", tmp_path)
+    monkeypatch.setattr(guard, "why_not_built", lambda device: "")
+    monkeypatch.setattr(guard, "CACHE", tmp_path / "tests.json")
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--device')\n")
+    return path
+
+
+def test_guard_runs_tests_and_remembers_a_pass_only(failing_tests: Path, monkeypatch: Any) -> None:
+    assert "tests fail: FAILED" in guard.why_tests_fail("focal_loss")
+    assert not guard.CACHE.exists()
+    failing_tests.write_text("def test_it():\n    pass\n")
+    assert guard.why_tests_fail("focal_loss") == ""
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("a remembered pass ran again"))
+    assert guard.why_tests_fail("focal_loss") == ""
+    failing_tests.write_text("def test_it():\n    pass  # changed\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stdout="ERROR new", stderr=""))
+    assert "ERROR new" in guard.why_tests_fail("focal_loss")
+    failing_tests.unlink()
+    assert guard.why_tests_fail("focal_loss").endswith("does not exist")
+
+
+def test_bench_refuses_failing_ops(tmp_path: Path) -> None:
+    """The whole command, with a test file that fails: rows REFUSED, exit code not zero, nothing timed."""
+    plugin = tmp_path / "fail_guard.py"
+    plugin.write_text(
+        "import sys\nsys.path.insert(0, 'benchmarks')\n"
+        "import guard\nguard.why_tests_fail = lambda *a: 'tests fail: x'\n"
+    )
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "fail_guard",
+        "-p",
+        "no:cacheprovider",
+        "benchmarks/bench_focal_loss.py",
+        "-k",
+        "64x64",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        OUT=str(tmp_path / "out"),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "REFUSED: tests fail: x" in done.stdout and "2 REFUSED" in done.stdout
+    records = json.loads((tmp_path / "out" / "focal_loss.json").read_text())["records"]
+    assert len(records) == 2 and not any(r["candidates"] for r in records)
+
+
+def test_bench_writes_pytest_benchmark_json(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "benchmarks/bench_focal_loss.py",
+        "-k",
+        "64x64-fp32-mean-float-targets-fwd+bwd",
+        "--skip-tests",
+        "--no-compile",
+        "--bench-seconds=0.05",
+        "--roof-bytes=1000000",
+        f"--benchmark-json={tmp_path}/pb.json",
+        OUT=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads((tmp_path / "pb.json").read_text())["benchmarks"]
+    ours = json.loads((tmp_path / "focal_loss.json").read_text())
+    assert ours["tests"] == "skipped" and "tests skipped" in done.stdout
+    measured = ours["records"][0]["candidates"]["dlkernels"]
+    assert entry["stats"]["min"] * 1e6 == pytest.approx(measured["min_us"])
+    assert entry["stats"]["rounds"] == measured["rounds"]
+    assert {"bytes", "gbps", "copy_share", "x_eager", "peak_bytes"} <= entry["extra_info"].keys()
+
+
+# GPU gate -------------------------------------------------------------------------------------------------------------
+
+
+def test_ncu_raw_page() -> None:
+    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
+    groups = gate_parsers.by_case(launches, ["sigmoid", "softmax"])
+    assert [len(g) for g in groups.values()] == [2, 2]
+    sigmoid, softmax = gate_parsers.traffic_rows(groups, {"sigmoid": 3 << 30, "softmax": 3 << 30})
+    assert sigmoid["counted"] == 2_148_532_224 + 1_040_187_392 + 4_096 + 128
+    assert sigmoid["passed"] and sigmoid["kernel"] == "_sigmoid_focal_loss_fwd_kernel" and sigmoid["registers"] == 40
+    assert not softmax["passed"] and softmax["ratio"] == pytest.approx(5 / 3, abs=0.01), "a kernel that reads twice"
+    assert softmax["local_bytes"] == 16_384, "spills show"
+
+
+def test_ncu_details_page_and_units() -> None:
+    marker, launch = gate_parsers.ncu_launches((SAMPLES / "ncu_details.csv").read_text())
+    assert gate_parsers.MARKER in marker.kernel
+    assert launch.dram_bytes == pytest.approx(3.19e9) and launch.metrics["gpu__time_duration.sum"] == pytest.approx(
+        786430
+    )
+
+
+def test_ncu_without_results() -> None:
+    with pytest.raises(ValueError, match="LibraryNotLoaded"):
+        gate_parsers.ncu_launches("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n")
+    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
+    with pytest.raises(ValueError, match="2 of 3 cases"):
+        gate_parsers.by_case(launches, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("name", "complete", "count", "ours"),
+    [
+        ("memcheck_clean", True, 0, 0),
+        ("memcheck_bad", True, 2, 1),
+        ("racecheck_bad", True, 1, 1),
+        ("initcheck_torch", True, 1, 0),
+        ("memcheck_killed", False, 0, 0),
+    ],
+)
+def test_sanitizer_logs(name: str, complete: bool, count: int, ours: int) -> None:
+    found = gate_parsers.sanitizer_log((SAMPLES / f"sanitizer_{name}.log").read_text())
+    assert (found.complete, found.count) == (complete, count)
+    assert len(found.findings) == count, found.findings
+    assert len(found.in_kernels({"_softmax_focal_loss_fwd_kernel"})) == ours
+
+
+def test_kernel_names_are_found() -> None:
+    if list((ROOT / "dlkernels" / "triton").glob("[a-z]*.py")):
+        assert gate_parsers.kernel_names(), "Triton kernels exist, and the sanitizer stage must know them"
+
+
+def test_gate_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    done = run("benchmarks/gpu_gate.py")
+    assert done.returncode == 2
+    assert "needs an NVIDIA GPU" in done.stdout and len(done.stdout.strip().splitlines()) == 1
+
+
+def test_gate_rehearses(tmp_path: Path) -> None:
+    done = run(
+        "benchmarks/gpu_gate.py",
+        "--rehearse",
+        "--limit",
+        "2",
+        "--out",
+        str(tmp_path),
+        STAGES="graph,bench,ncu,sanitize,report",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    gate = json.loads((tmp_path / "gate.json").read_text())
+    assert gate["rehearsal"] is True
+    assert {name: entry["status"] for name, entry in gate["stages"].items()} == dict.fromkeys(
+        ["graph", "bench", "ncu", "sanitize", "report"], "passed"
+    )
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert len(json.loads((tmp_path / "focal_loss.json").read_text())["records"]) == 2
+
+
+def test_gate_refuses_unknown_stages() -> None:
+    done = run("benchmarks/gpu_gate.py", "--rehearse", STAGES="build,bnech")
+    assert done.returncode == 2 and "bnech" in done.stdout
+
+
+def test_gate_keeps_partial_results_and_kills_what_hangs(tmp_path: Path) -> None:
+    import time
+
+    import gpu_gate
+
+    gate = gpu_gate.Gate(tmp_path, rehearse=True, limit=1)
+    gate.deadline = time.monotonic() + 1.5
+    code, text = gate.run([sys.executable, "-c", "import time; print('partial', flush=True); time.sleep(60)"])
+    assert code == 124 and "partial" in text
+    gate.stage("graph", lambda g: (_ for _ in ()).throw(RuntimeError("boom")))
+    assert json.loads((tmp_path / "gate.json").read_text())["stages"]["graph"]["status"] == "FAILED"
+
+
+def test_a_failing_case_does_not_end_a_stage(tmp_path: Path) -> None:
+    def fail_first(family: harness.Family, case: harness.Case) -> dict[str, Any]:
+        if case is FAMILY.gate_cases[0]:
+            raise RuntimeError("boom")
+        return {"case": case.name, "passed": True}
+
+    assert gate_worker.run_each(fail_first, lambda family: family.gate_cases, tmp_path / "rows.json", 3) == 1
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [r["passed"] for r in rows] == [False, True, True] and "boom" in rows[0]["why"]

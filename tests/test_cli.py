@@ -1,0 +1,230 @@
+"""The commands of `python -m dlkernels`: exit codes, key lines, what a failure looks like."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dlkernels as dk
+from dlkernels.__main__ import main
+from dlkernels.cli import _demo_parts, _profile_bytes
+from dlkernels.cli._budget import Sample, compare
+from dlkernels.cli._cases import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
+
+
+def cli(*arguments: str, before: str = "", timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command on the CPU; `before` is Python that runs first, such as the removal of a package."""
+    command = ["-m", "dlkernels"]
+    if before:
+        command = ["-c", f"{before}\nimport sys\nfrom dlkernels.__main__ import main\nsys.exit(main(sys.argv[1:]))"]
+    env = {k: v for k, v in os.environ.items() if k not in FORCING}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=timeout,
+    )  # fmt: skip
+
+
+def without(*modules: str) -> str:
+    return "import sys\n" + "\n".join(f"sys.modules[{m!r}] = None" for m in modules)
+
+
+# info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info() -> None:
+    result = cli("info")
+    assert result.returncode == 0, result.stderr
+    for text in (f"torch       {torch.__version__}", "python", "extension", "triton", "Active backend"):
+        assert text in result.stdout
+    assert "softmax_focal_loss (fwd, bwd)" in result.stdout and "no CUDA device is visible" in result.stdout
+
+
+def test_info_json() -> None:
+    result = cli("info", "--json")
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert info["ops"].keys() == dk.build_info()["ops"].keys()
+    assert info["ops"]["softmax_focal_loss_fwd"]["cpu"]["backend"] in ("cpp", "reference")
+    assert json.loads(json.dumps(dk.build_info())) == dk.build_info(), "build_info() must be plain JSON"
+
+
+def test_info_without_rich() -> None:
+    result = cli("info", before=without("rich", "rich.console"))
+    assert result.returncode == 0, result.stderr
+    assert "softmax_focal_loss (fwd, bwd)" in result.stdout and "┃" not in result.stdout
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+def test_check() -> None:
+    result = cli("check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"PASS: {3 * len(CASES)} cases, 0 failures" in result.stdout
+    for op in ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy"):
+        assert op in result.stdout
+
+
+def test_check_fails_on_a_wrong_loss() -> None:
+    """A gradient that is off by 1e-4 must be seen, and an op that raises must not hide the others."""
+    wrong = (
+        "import dlkernels as dk, torch\nright = dk.cross_entropy\n"
+        "dk.cross_entropy = lambda x, *a, **k: right(x + 1e-4 * (x - x.detach()), *a, **k)\n"
+        "def raises(*a, **k): raise RuntimeError('no such kernel')\ndk.softmax_focal_loss = raises"
+    )
+    result = cli("check", "--dtype", "float32", before=wrong)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAIL cross_entropy on cpu, float32: 129x10 indices reduction=mean: gradient error" in result.stdout
+    assert "RuntimeError: no such kernel" in result.stdout
+    assert "FAIL sigmoid_focal_loss" not in result.stdout
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "one element", "shape"])
+def test_parity_sees_what_a_norm_would_not(fault: str) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    hole = torch.zeros(1000)
+    hole[3] = {"nan": float("nan"), "inf": float("inf")}.get(fault, 1e-3)
+
+    sample = Sample(lambda t: t + hole, lambda t: t + 0, x, torch.ones(1000))
+    if fault == "shape":
+        sample = Sample(lambda t: t.sum(0, keepdim=True), torch.sum, x, torch.ones(1))
+    value, _ = compare([sample])
+    assert value.ratio > 1
+
+
+# profile --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"), [("sigmoid_focal_loss", "4096"), ("softmax_focal_loss", "64,100"), ("cross_entropy", "2,5,8,8")]
+)
+def test_profile(op: str, shape: str, tmp_path: Path) -> None:
+    result = cli("profile", op, "--shape", shape, "--eager", "--steps", "3", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    for text in ("fused step", "eager step", "backward", "ncu --clock-control none", "dram__bytes_read.sum"):
+        assert text in result.stdout, text
+    trace = json.loads((tmp_path / f"profile-{op}.json").read_text())
+    assert any(event.get("name") == "fused step" for event in trace["traceEvents"])
+
+
+@pytest.mark.needs("cpp")
+def test_profile_names_the_op_and_its_bytes(tmp_path: Path) -> None:
+    """4 x 6400 logits, 8 x 64 labels, 4 x 6400 gradient, loss and divisor: 51720 bytes."""
+    result = cli("profile", "cross_entropy", "--shape", "64,100", "--steps", "3", "--out", str(tmp_path))
+    line = next((line for line in result.stdout.splitlines() if "dlkernels::softmax_focal_loss_fwd" in line), "")
+    assert "51.7 kB" in line, result.stdout + result.stderr
+
+
+@pytest.mark.needs("cpp")
+def test_bytes_per_step_leaves_the_extension_in_place() -> None:
+    from dlkernels import _backend
+
+    x, y = torch.zeros(8, 4, requires_grad=True), torch.zeros(8, dtype=torch.int64)
+    before = _backend.C
+    moved = _profile_bytes.bytes_per_step(lambda: dk.cross_entropy(x, y, reduction="none").sum().backward())
+    assert _backend.C is before
+    assert moved["dlkernels::softmax_focal_loss_fwd"] == 4 * 32 + 8 * 8 + 4 * 8 + 4
+    assert moved["dlkernels::softmax_focal_loss_bwd"] == 4 * 32 + 8 * 8 + 4 + 4 * 32, (
+        "the expanded gradient is one number"
+    )
+
+
+def test_profile_a_model(tmp_path: Path) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import torch\nimport dlkernels as dk\n"
+        "class Classifier(torch.nn.Linear):\n"
+        "    def forward(self, x): return dk.cross_entropy(super().forward(x), torch.arange(len(x)))\n"
+        "def make(): return Classifier(16, 8)\n"
+    )
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    options = ("--input-shape", "8,16", "--steps", "2", "--eager", "--out", str(tmp_path))
+    result = cli("profile", "my_models:make", *options, before=path)
+    assert result.returncode == 0, result.stderr
+    assert "136 parameters" in result.stdout and "eager step" in result.stdout
+
+
+def test_kernel_patterns() -> None:
+    ops = ["softmax_focal_loss_fwd", "softmax_focal_loss_bwd", "scale_stored_grad"]
+    assert _profile_bytes.kernel_pattern(ops) == "softmax_focal"
+    assert _profile_bytes.kernel_pattern(["center_loss_fwd"]) == "center_loss"
+
+
+# demo -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo_quick(tmp_path: Path) -> None:
+    missing = [p for p in ("rich", "matplotlib", "sklearn", "monai") if importlib.util.find_spec(p) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    result = cli("demo", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in ("Training: eager and fused", "Time of forward + backward", "sigmoid focal, 1M elements", "PASS"):
+        assert text in result.stdout, text
+    assert "not held to its threshold" in result.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_names_missing_packages() -> None:
+    result = cli("demo", "--quick", before=without("monai", "sklearn"))
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].endswith('pip install "dlkernels[demo]"'), result.stderr
+    assert "scikit-learn" in lines[0] and "monai" in lines[0]
+
+
+def test_demo_parity_notices_a_wrong_gradient() -> None:
+    """Off by 1e-5 of itself: the step is recorded, with error and budget."""
+    right = torch.nn.functional.cross_entropy
+    wrong = _demo_parts.Loss("wrong", right, lambda x, y: right(x + 1e-5 * (x - x.detach()), y))
+    logits, labels = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+    run = _demo_parts.Run(wrong, "eager")
+    _demo_parts.check_step(run, 7, logits, labels)
+    assert len(run.violations) == 1 and run.violations[0].startswith("wrong, step 7: gradient error 1.00e-05, allowed")
+    run = _demo_parts.Run(_demo_parts.Loss("right", right, dk.cross_entropy), "eager")
+    _demo_parts.check_step(run, 1, logits, labels)
+    assert not run.violations and run.parity["gradient"][1].error > 0
+
+
+# help, bench, mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "check", "profile", "bench"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "COMMAND"),
+        (("info", "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("profile", "nothing"), "unknown op or model 'nothing'"),
+        (("profile", "torch.nn:nothing", "--input-shape", "8,16"), "cannot import torch.nn:nothing"),
+        (("profile", "torch.nn:Flatten", "--input-shape", "8,16"), "torch.nn:Flatten has no parameters"),
+        (("profile", "cross_entropy", "--shape", "5"), "--shape must have a class dimension"),
+        (("profile", "cross_entropy", "--shape", "a,b"), "expected sizes such as 4096,1000"),
+        (("check", "--device", "cuda"), "no CUDA device is visible"),
+        (("demo", "--steps", "0"), "--steps must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_clear_message(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""Bytes that the kernels move, counted in the interpreter, against the least that the formula needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlkernels._traffic import eager_traffic, interpreter_traffic
+from dlkernels.triton import focal_loss, stored_grad
+
+MEAN = 1
+
+
+def sigmoid_eager(x: Tensor, t: Tensor) -> Tensor:
+    """As the widespread implementation computes it."""
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    p_t = p * t + (1 - p) * (1 - t)
+    return ((0.25 * t + 0.75 * (1 - t)) * ce * (1 - p_t) ** 2).mean()
+
+
+def softmax_eager(x: Tensor, t: Tensor) -> Tensor:
+    ce = F.cross_entropy(x, t, reduction="none")
+    return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
+
+
+def report(name: str, ours: int, least: int, eager: int | None = None) -> None:
+    line = f"{name}: {ours} bytes, {ours / least:.3f} of the minimum"
+    print(line + (f", eager moves {eager / ours:.1f} times as much" if eager else ""))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("rows", (37, 33))
+def test_sigmoid_mean_moves_three_passes(rows: int, dtype: torch.dtype) -> None:
+    """Read x, read t, write dx; the backward pass with a factor of 1 reads two numbers per program."""
+    x = torch.randn(rows, 1001).to(dtype)
+    t = (torch.rand(rows, 1001) < 0.2).to(dtype)
+    with interpreter_traffic(x=x, t=t) as traffic:
+        _, grad, divisor = focal_loss.sigmoid_focal_loss_fwd(x, t, None, 0.25, 2.0, -100, MEAN, True, True)
+        stored_grad.scale_stored_grad_(torch.ones(()), grad, divisor if dtype == torch.float16 else None)
+    least = 3 * x.numel() * x.element_size()
+    assert traffic.by_tensor == {"x": [least // 3, 0], "t": [least // 3, 0]}
+
+    z = x.detach().requires_grad_()
+    with eager_traffic() as eager:
+        sigmoid_eager(z, t).backward()
+    report(f"sigmoid mean {dtype}", traffic.total, least, eager.total)
+    assert least <= traffic.total <= 1.05 * least
+    assert eager.total > 10 * traffic.total
+
+
+def test_sigmoid_class_indices_are_not_expanded() -> None:
+    x, t = torch.randn(50, 91), torch.randint(-1, 91, (50,))
+    with interpreter_traffic(t=t) as traffic:
+        focal_loss.sigmoid_focal_loss_fwd(x, t, None, 0.25, 2.0, -100, MEAN, True, True)
+    least = 2 * x.numel() * 4 + t.numel() * 8
+    report("sigmoid class indices", traffic.total, least)
+    assert least <= traffic.total <= 1.05 * least
+
+
+@pytest.mark.parametrize("shape", ((40, 1000), (2, 21, 700)))
+def test_softmax_mean_moves_two_passes(shape: tuple[int, ...]) -> None:
+    """Read x, write dx, while a row fits the tile; labels are read by the divisor and by the rows."""
+    x = torch.randn(shape)
+    t = torch.randint(0, shape[1], shape[:1] + shape[2:])
+    with interpreter_traffic(x=x) as traffic:
+        _, grad, _ = focal_loss.softmax_focal_loss_fwd(x, t, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
+        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+    least = 2 * x.numel() * 4 + t.numel() * 8
+    assert traffic.by_tensor["x"] == [x.numel() * 4, 0]
+
+    z = x.detach().requires_grad_()
+    with eager_traffic() as eager:
+        softmax_eager(z, t).backward()
+    report(f"softmax mean {shape}", traffic.total, least, eager.total)
+    assert least <= traffic.total <= 1.05 * least
+    assert eager.total > 2 * traffic.total
+
+
+def test_softmax_probabilities_move_three_passes() -> None:
+    x, q = torch.randn(20, 1000), torch.rand(20, 1000)
+    with interpreter_traffic(x=x, q=q) as traffic:
+        focal_loss.softmax_focal_loss_fwd(x, q, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
+    assert traffic.by_tensor == {"x": [x.numel() * 4, 0], "q": [x.numel() * 4, 0]}
+    least = 3 * x.numel() * 4
+    report("softmax probabilities", traffic.total, least)
+    assert least <= traffic.total <= 1.05 * least
+
+
+@pytest.mark.parametrize("ignored", (False, True))
+def test_long_rows_are_read_twice_or_not_at_all(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that does not fit is read by the statistics and by the gradient; one that is left out is not."""
+    from dlkernels.triton import _rows
+
+    c = 4097
+    monkeypatch.setattr(_rows, "MAX_RESIDENT", 4096)
+    x, t = torch.randn(3, c), torch.tensor([5, -100 if ignored else 1, 4096])
+    with interpreter_traffic(x=x) as traffic:
+        focal_loss.softmax_focal_loss_fwd(x, t, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
+    rows = 2 if ignored else 3
+    assert traffic.by_tensor["x"] == [2 * rows * c * 4 + rows * 4, 0]  # and the logit of the label
+
+
+def test_eager_traffic_counts_operands_once() -> None:
+    """Views are free, a broadcast operand counts as what lies in memory, in place is a read and a write."""
+    x, row = torch.zeros(4, 8), torch.zeros(8)
+    with eager_traffic() as traffic:
+        y = x.view(8, 4).T
+        assert traffic.total == 0
+        z = x + row.expand(4, 8)
+        assert traffic.total == 4 * (32 + 8 + 32)
+        z.add_(1.0)
+        assert traffic.total == 4 * (32 + 8 + 32) + 4 * (32 + 32)
+    assert y.shape == (4, 8) and traffic.calls["aten.add.Tensor"] == 1
+
+
+def test_interpreter_traffic_sees_a_second_read() -> None:
+    """The count would show a kernel that reads its input twice: the same launch twice counts twice."""
+    x, t = torch.randn(300), torch.zeros(300)
+    counts = []
+    for repeats in (1, 2):
+        with interpreter_traffic(x=x) as traffic:
+            for _ in range(repeats):
+                focal_loss.sigmoid_focal_loss_fwd(x, t, None, 0.25, 2.0, -100, MEAN, False, True)
+        counts.append(traffic.by_tensor["x"][0])
+    assert counts == [1200, 2400]
