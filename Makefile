@@ -43,6 +43,7 @@ test-python: build
 
 test-interpreter: build
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops -k triton
 
 bench: build
 	$(PY) -m pytest benchmarks

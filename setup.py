@@ -204,7 +204,16 @@ setup(
         "cli": ["rich", "matplotlib"],
         "demo": ["rich", "matplotlib", "scikit-learn", "monai>=1.6"],
         "bench": ["pytest", "pytest-benchmark", "rich", "matplotlib"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "expecttest", "numpy", "rich", "matplotlib", "scikit-learn"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "expecttest",
+            "numpy",
+            "rich",
+            "matplotlib",
+            "scikit-learn",
+        ],
     },
     classifiers=[
         "Programming Language :: C++",

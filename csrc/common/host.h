@@ -18,7 +18,7 @@ Capability cpu_capability();
 std::string cpu_capability_name();
 
 // Outputs beyond this size are written past the caches: they would not be found there anyway.
-constexpr int64_t kStreamBytes = int64_t{1200} << 20;
+constexpr int64_t kStreamBytes = int64_t{12} << 20;
 
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

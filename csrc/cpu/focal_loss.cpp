@@ -120,6 +120,8 @@ struct SigmoidProblem {
     valid = static_cast<double>(counted * (classes ? args.classes : 1));
   }
 
+  bool may_stream(int64_t) const { return true; }
+
   int64_t blocks() const { return (args.count + kSigmoidBlock - 1) / kSigmoidBlock; }
 
   void run() const {
@@ -176,6 +178,12 @@ struct SoftmaxProblem {
 
   int64_t rows() const { return args.outer * args.inner; }
 
+  // Short rows that share a cache line would each write a part of it past the caches: slower than through them.
+  bool may_stream(int64_t element_size) const {
+    const int64_t row_bytes = args.classes * element_size;
+    return row_bytes % 64 == 0 || row_bytes >= 1536;
+  }
+
   void run() const {
     if (rows() == 0) return;
     const int64_t tiles = kernels().softmax_tiles(args), bytes = kernels().softmax_scratch_bytes(args);
@@ -190,7 +198,7 @@ template <class Problem>
 void write_grad_to(Problem& problem, const at::Tensor& grad, double scale) {
   problem.args.grad = grad.mutable_data_ptr();
   problem.args.grad_scale = scale;
-  problem.args.stream = static_cast<int64_t>(grad.nbytes()) > kStreamBytes;
+  problem.args.stream = static_cast<int64_t>(grad.nbytes()) > kStreamBytes && problem.may_stream(grad.element_size());
 }
 
 // A gradient of the losses as the kernels read it: one value for all when it is expanded, else in the order of `like`.

@@ -64,8 +64,8 @@ bool plain_eager() {
 }
 
 bool plain_cpu(const at::Tensor& x) {
-  return x.is_cpu() && x.has_storage() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) && !x.is_neg() &&
-         !x._is_zerotensor();
+  return x.is_cpu() && x.has_storage() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) &&
+         !x.is_neg() && !x._is_zerotensor();
 }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("scale_stored_grad", scale_stored_grad); }

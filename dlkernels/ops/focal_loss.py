@@ -315,6 +315,7 @@ def _check_labels(target: Tensor, low: int, high: int, ignore_index: int) -> Non
     """The reference's index check; the kernels have their own. CPU only: on CUDA it would wait for the device."""
     if target.device.type != "cpu" or target.is_floating_point() or _is_compiling() or transforms_active():
         return
+    target = reference.widened(target)
     bad = (target != ignore_index) & ((target < low) | (target >= high))
     if bad.any():
         raise IndexError(f"targets must be in [{low}, {high}) or ignore_index, got {int(target[bad][0])}")

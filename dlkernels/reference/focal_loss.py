@@ -47,8 +47,14 @@ def _focal(log_u: Tensor, log_p: Tensor, gamma: float) -> Tensor:
     return torch.where(lost, -log_p, -torch.exp(gamma * log_u) * torch.where(lost, -1.0, log_p))
 
 
+def widened(target: Tensor) -> Tensor:
+    """uint8 labels as int32: compared with a negative number, uint8 would wrap around."""
+    return target.int() if target.dtype == torch.uint8 else target
+
+
 def dense_targets(inputs: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """Targets as floats of the shape of inputs, and a mask of what is left out (None when floats were given)."""
+    targets = widened(targets)
     if torch.is_floating_point(targets):
         return _compute(targets).to(_compute(inputs).dtype), None
     if targets.dtype == torch.bool:
@@ -74,6 +80,7 @@ def softmax_focal_loss(
     if torch.is_floating_point(target):
         return _dense_rows(z, _smooth(_compute(target).to(z.dtype), label_smoothing), alpha, gamma)
 
+    target = widened(target)
     ignored = target == ignore_index
     bad = ~ignored & ((target < 0) | (target >= z.shape[1]))
     index = torch.where(ignored | bad, 0, target).long().unsqueeze(1)
@@ -126,7 +133,7 @@ def sigmoid_divisor(inputs: Tensor, targets: Tensor, ignore_index: int) -> Tenso
     if torch.is_floating_point(targets) or targets.dtype == torch.bool:
         return torch.full((), inputs.numel(), dtype=dtype, device=inputs.device)
     per_target = 1 if targets.shape == inputs.shape else inputs.shape[-1]
-    return (targets != ignore_index).sum().to(dtype) * per_target
+    return (widened(targets) != ignore_index).sum().to(dtype) * per_target
 
 
 def softmax_divisor(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -135,6 +142,7 @@ def softmax_divisor(input: Tensor, target: Tensor, weight: Tensor | None, ignore
     if torch.is_floating_point(target):
         rows = input.numel() // max(input.shape[1], 1)
         return torch.full((), rows, dtype=dtype, device=input.device)
+    target = widened(target)
     valid = target != ignore_index
     if weight is None:
         return valid.sum().to(dtype)

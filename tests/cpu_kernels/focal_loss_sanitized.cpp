@@ -1,6 +1,6 @@
-// The focal-loss loops on exactly sized heap arrays, under AddressSanitizer and UndefinedBehaviorSanitizer: ragged sizes,
-// every dtype, target kind and layout, compared with double-precision loops written from the formulas.
-// Built and run by test_sanitized.py; exit code 0 and the line "ok" mean that all held.
+// The focal-loss loops on exactly sized heap arrays, under AddressSanitizer and UndefinedBehaviorSanitizer: ragged
+// sizes, every dtype, target kind and layout, compared with double-precision loops written from the formulas. Built and
+// run by test_sanitized.py; exit code 0 and the line "ok" mean that all held.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -130,8 +130,8 @@ void sigmoid_case(const FocalLossKernels& k, Float type, int kind, int64_t rows,
   check(std::fabs(sum - total) <= 1e-5 * (1 + std::fabs(total)), "sigmoid sum", sum, total);
 }
 
-void softmax_case(const FocalLossKernels& k, Float type, bool soft, int64_t outer, int64_t C, int64_t inner, double gamma,
-                  double eps, bool weighted, bool past_caches) {
+void softmax_case(const FocalLossKernels& k, Float type, bool soft, int64_t outer, int64_t C, int64_t inner,
+                  double gamma, double eps, bool weighted, bool past_caches) {
   const int64_t rows = outer * inner, n = rows * C, ignore = C > 2 ? 1 : -100;
   Array x(type, n), q(type, soft ? n : 0), w(accumulate(type), weighted ? C : 0), loss(accumulate(type), rows);
   Array grad(type, n), g(accumulate(type), rows);
@@ -172,14 +172,16 @@ void softmax_case(const FocalLossKernels& k, Float type, bool soft, int64_t oute
       for (int64_t c = 0; c < C; ++c) total += p[c] = std::exp(x.get(at(c)) - m);
       for (int64_t c = 0; c < C; ++c) {
         p[c] /= total;
-        const double hard = soft ? q.get(at(c)) : labels[r] == c, t = (weighted ? w.get(c) : 1) * ((1 - eps) * hard + eps / C);
+        const double hard = soft ? q.get(at(c)) : labels[r] == c,
+                     t = (weighted ? w.get(c) : 1) * ((1 - eps) * hard + eps / C);
         const double ell = -(x.get(at(c)) - m - std::log(total)), u = C == 1 ? 0 : 1 - p[c];
         const double focus = gamma == 0 ? 1 : std::pow(u, gamma);
         want += t == 0 ? 0 : t * focus * ell;
         sum_h += h[c] = t * (gamma == 0 ? 1 : u == 0 ? 0 : focus + gamma * std::pow(u, gamma - 1) * p[c] * ell);
       }
       close(loss, r, left_out ? 0 : want, "softmax loss");
-      for (int64_t c = 0; c < C; ++c) close(grad, at(c), left_out ? 0 : g.get(r) * (p[c] * sum_h - h[c]), "softmax grad");
+      for (int64_t c = 0; c < C; ++c)
+        close(grad, at(c), left_out ? 0 : g.get(r) * (p[c] * sum_h - h[c]), "softmax grad");
     }
 }
 
