@@ -96,6 +96,21 @@ template <class V>
 DL_INLINE V vmin(V a, V b) {
   return select(a > b, b, a);
 }
+#if defined(__AVX512F__)
+// The instruction gives its second operand where either is NaN.
+template <>
+DL_INLINE vfloat vmax(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
+template <>
+DL_INLINE vfloat vmin(vfloat a, vfloat b) {
+  return reinterpret_cast<vfloat>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+}
+#endif
+
+DL_INLINE vfloat vabs(vfloat x) { return bit_cast<vfloat>(bit_cast<vuint>(x) & 0x7fffffffu); }
+DL_INLINE float vabs(float x) { return std::fabs(x); }
+DL_INLINE double vabs(double x) { return std::fabs(x); }
 
 DL_INLINE bool all(vint mask) {
 #if defined(__AVX512F__)
@@ -181,16 +196,15 @@ DL_INLINE double vexp(double x) { return std::exp(x); }
 
 // log(1 + e) for e in [0, 1]; NaN at NaN.
 DL_INLINE vfloat vlog1p_unit(vfloat e) {
-  vfloat p = splat<vfloat>(-3.24398e-3f);
-  p = p * e + 1.985126e-2f;
-  p = p * e + -5.695916e-2f;
-  p = p * e + 1.0603617e-1f;
-  p = p * e + -1.530557e-1f;
-  p = p * e + 1.9675932e-1f;
-  p = p * e + -2.4954132e-1f;
-  p = p * e + 3.3329962e-1f;
-  p = p * e + -4.9999902e-1f;
-  p = p * e + 1.0f;
+  vfloat p = splat<vfloat>(0.0052326248f);
+  p = p * e + -0.0295049602f;
+  p = p * e + 0.0782254983f;
+  p = p * e + -0.1366320732f;
+  p = p * e + 0.1910598867f;
+  p = p * e + -0.2484297759f;
+  p = p * e + 0.3331909623f;
+  p = p * e + -0.4999949311f;
+  p = p * e + 0.9999999699f;
   return p * e;
 }
 DL_INLINE float vlog1p_unit(float e) { return std::log1p(e); }
@@ -333,6 +347,13 @@ DL_INLINE void store(bfloat16* p, vfloat v) {
 DL_INLINE void store(float16* p, vfloat v) {
   const vhalf h = round_float16(v);
   std::memcpy(p, &h, sizeof(h));
+}
+
+// Ask for [p, p + n) to be brought to the second-level cache. Past the end of an array it does nothing.
+template <class T>
+DL_INLINE void prefetch(const T* p, int64_t n) {
+  const char* line = reinterpret_cast<const char*>(p);
+  for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(line + at, 0, 2);
 }
 
 // The first n lanes, n < width; the others read as `rest` and are not written.

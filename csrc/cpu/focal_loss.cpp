@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/host.h"
 #include "focal_loss_kernel.h"
@@ -72,6 +73,37 @@ void for_each_label(const at::Tensor& target, int64_t low, int64_t high, int64_t
   }
 }
 
+// How many labels count, with the same check; written so that the loop vectorises.
+template <class I>
+int64_t count_labels(const I* target, int64_t n, int64_t low, int64_t high, int64_t ignore_index) {
+  using W = std::conditional_t<sizeof(I) == 8, int64_t, int32_t>;
+  const W first = static_cast<W>(low), last = static_cast<W>(high), ignored = static_cast<W>(ignore_index);
+  const bool some_ignored = static_cast<int64_t>(ignored) == ignore_index;
+  int64_t counted = 0;
+  for (int64_t begin = 0; begin < n; begin += 4096) {
+    const int64_t end = std::min(n, begin + 4096);
+    W left_out = 0, bad = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const W t = static_cast<W>(target[i]);
+      const W skip = some_ignored & (t == ignored);
+      left_out += skip;
+      bad |= (skip ^ 1) & ((t < first) | (t >= last));
+    }
+    if (bad) for_each_label(target + begin, end - begin, low, high, ignore_index, [](int64_t) {});  // raises
+    counted += end - begin - left_out;
+  }
+  return counted;
+}
+
+int64_t count_labels(const at::Tensor& target, int64_t low, int64_t high, int64_t ignore_index) {
+  const int64_t n = target.numel();
+  switch (target.scalar_type()) {
+    case at::kByte: return count_labels(target.const_data_ptr<uint8_t>(), n, low, high, ignore_index);
+    case at::kInt: return count_labels(target.const_data_ptr<int32_t>(), n, low, high, ignore_index);
+    default: return count_labels(target.const_data_ptr<int64_t>(), n, low, high, ignore_index);
+  }
+}
+
 double reduction_divisor(int64_t reduction, double mean_divisor, std::optional<double> normalizer) {
   if (reduction == kMean) return mean_divisor;
   return normalizer.value_or(1.0);
@@ -114,9 +146,7 @@ struct SigmoidProblem {
     args.grad_scale = 1.0;
     valid = static_cast<double>(args.count);
     if (target.is_floating_point() || target.scalar_type() == at::kBool) return;
-    int64_t counted = 0;
-    const int64_t low = classes ? -1 : 0, high = classes ? args.classes : 2;
-    for_each_label(target, low, high, options.ignore_index, [&](int64_t) { ++counted; });
+    const int64_t counted = count_labels(target, classes ? -1 : 0, classes ? args.classes : 2, options.ignore_index);
     valid = static_cast<double>(counted * (classes ? args.classes : 1));
   }
 
@@ -165,7 +195,7 @@ struct SoftmaxProblem {
       };
       weight.scalar_type() == at::kDouble ? sum(weight.const_data_ptr<double>()) : sum(weight.const_data_ptr<float>());
     } else {
-      for_each_label(target, 0, args.classes, options.ignore_index, [&](int64_t) { ++valid; });
+      valid = static_cast<double>(count_labels(target, 0, args.classes, options.ignore_index));
     }
   }
 

@@ -19,8 +19,8 @@ constexpr float kLeftOut = -1.0f;
 
 // Hard targets of one block as 0, 1 or kLeftOut.
 template <class A, class I>
-DL_INLINE void expand_integers(const SigmoidArgs& a, int64_t begin, int64_t n, A* out) {
-  const I* target = static_cast<const I*>(a.target);
+DL_INLINE void expand_integers(const SigmoidArgs& a, int64_t begin, int64_t n, A* __restrict out) {
+  const I* __restrict target = static_cast<const I*>(a.target);
   if (a.classes == 0) {
     // Compared in the targets' own type: an ignore_index beyond it leaves nothing out.
     const I ignored = static_cast<I>(a.ignore_index);

@@ -80,6 +80,7 @@ struct ExpSum {
   static constexpr int W = Lanes<T>::width;
   V s0 = splat<V>(0), s1 = splat<V>(0);
   double moved = 0;
+  int64_t ahead = 0;  // elements from a row to the one that will be read next
 
   // Adds [begin, end); keeps the exponentials in e when it is given.
   DL_INLINE void add(const T* x, A* e, int64_t begin, int64_t end, V shift) {
@@ -87,6 +88,8 @@ struct ExpSum {
     while (i < end) {
       const int64_t stop = end - i <= 4096 ? end : i + 4096;
       for (; i + 2 * W <= stop; i += 2 * W) {
+        // The next row comes from memory while this one is computed.
+        if (ahead) prefetch(x + i + ahead, 2 * W);
         const V e0 = vexp(load(x + i) - shift), e1 = vexp(load(x + i + W) - shift);
         if (e) store(e + i, e0), store(e + i + W, e1);
         s0 += e0;
@@ -160,6 +163,7 @@ void index_row(const SoftmaxRows<T, TT>& r, int64_t row, typename Lanes<T>::scal
   const int64_t before = y / W * W, after = before + W < C ? before + W : C;
   const V shift = splat<V>(m);
   ExpSum<T> rest;
+  rest.ahead = C;
   rest.add(x, e, 0, before, shift);
   const int64_t held = after - before;
   const V exps = vexp((held == W ? load(x + before) : load_part<T>(x + before, held, A(-INFINITY))) - shift);

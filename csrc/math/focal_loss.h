@@ -37,7 +37,7 @@ struct Logistic {
 };
 template <class V>
 DL_INLINE Logistic<V> logistic(V x) {
-  const V e = vexp(select(x < 0.0f, x, -x));
+  const V e = vexp(-vabs(x));
   return {e, splat<V>(1) / (e + 1.0f), vlog1p_unit(e)};
 }
 
