@@ -48,7 +48,7 @@ test-interpreter: build
 bench: build
 	$(PY) -m pytest benchmarks
 
-gpu:
+gpu: $(READY)
 	$(PY) benchmarks/gpu_gate.py $(if $(STAGES),--stages $(STAGES))
 
 lint: $(READY)

@@ -115,7 +115,8 @@ def build_options() -> dict:
         raise SystemExit(TORCH_MISSING) from None
     if not wanted("DLKERNELS_CPP", compiler_problem(), "dlkernels is installed without its compiled part"):
         return {}
-    cuda = switch("DLKERNELS_CUDA") != "0" and wanted("DLKERNELS_CUDA", cuda_problem(), "building for CPU only")
+    cpu_torch = torch.version.cuda is None and switch("DLKERNELS_CUDA") == "auto"  # nothing to warn of
+    cuda = not cpu_torch and wanted("DLKERNELS_CUDA", cuda_problem(), "building for CPU only")
 
     sources = sorted(p for folder in ("csrc", "csrc/cpu", "csrc/common") for p in (ROOT / folder).glob("*.cpp"))
     kernels = [p for p in sources if p.stem.endswith("_kernel")]

@@ -94,10 +94,13 @@ void strip(const SoftmaxRows<T, TT>& r, int64_t tile_index, typename Lanes<T>::s
   // Per row: label (as a number; -1 = left out), weight of the target, scale of the gradient, loss.
   A label[Strip<T>::kMaxLanes], weight[Strip<T>::kMaxLanes], scale[Strip<T>::kMaxLanes], loss[Strip<T>::kMaxLanes];
   A z_y[Strip<T>::kMaxLanes];
+  int64_t index[Strip<T>::kMaxLanes];
+  const bool direct = s.adjacent && s.n == s.lanes && !dense;  // the gradient goes from registers to memory
   for (int64_t l = 0; l < L; ++l) {
     const int64_t row = s.first + (l < s.n ? l : 0);
     const int64_t y = probabilities ? 0 : r.label(row);
     const bool counts = probabilities || y != a.ignore_index;
+    index[l] = y;
     label[l] = counts ? static_cast<A>(y) : A(-1);
     weight[l] = counts ? r.weight_of(y) : A(0);
     z_y[l] = counts ? z[y * L + l] : A(0);
@@ -112,20 +115,35 @@ void strip(const SoftmaxRows<T, TT>& r, int64_t tile_index, typename Lanes<T>::s
     const V g = load(scale + v);
     V row_loss;
     if (!dense) {
+      // The target's logit leaves the tile, so that the sum is that of the others and p_y - 1 = -other / total.
+      for (int64_t l = v; l < v + W; ++l)
+        if (label[l] >= 0) z[index[l] * L + l] = A(-INFINITY);
       V other = zero;
       for (int64_t c = 0; c < C; ++c) {
         const V ev = vexp(load(z + c * L + v) - m);
-        other += select(y == splat<V>(static_cast<double>(c)), zero, ev);
-        store(z + c * L + v, ev);
+        other += ev;
+        if (r.grad) store(z + c * L + v, ev);
       }
       const V d_y = load(z_y + v) - m;
       const SoftmaxRow<V> out = softmax_focal_row<G>(vexp(d_y), other, d_y, a.gamma);
       const V w = load(weight + v);
       row_loss = w * out.loss;
-      const V p_scale = g * w * out.omega * out.inverse_sum;
-      for (int64_t c = 0; r.grad && c < C; ++c) {
-        const V numerator = select(y == splat<V>(static_cast<double>(c)), -other, load(z + c * L + v));
-        store(z + c * L + v, select(y < 0.0f, zero, numerator * p_scale));
+      if (r.grad) {
+        A others[W];
+        store(others, other);
+        for (int64_t l = v; l < v + W; ++l)
+          if (label[l] >= 0) z[index[l] * L + l] = -others[l - v];
+        const V p_scale = g * w * out.omega * out.inverse_sum;
+        const bool some_left_out = !all(y >= 0.0f);
+        for (int64_t c = 0; c < C; ++c) {
+          V dz = load(z + c * L + v) * p_scale;
+          if (some_left_out) dz = select(y < 0.0f, zero, dz);
+          if (direct) {
+            store(r.grad + s.offset[0] + c * a.inner + v, dz);
+          } else {
+            store(z + c * L + v, dz);
+          }
+        }
       }
     } else {
       V rest = splat<V>(-1), weights = zero, dots = zero;
@@ -173,7 +191,7 @@ void strip(const SoftmaxRows<T, TT>& r, int64_t tile_index, typename Lanes<T>::s
   }
   if (r.loss)
     for (int64_t l = 0; l < s.n; ++l) r.loss[s.first + l] = loss[l];
-  if (r.grad) store_tile(s, a, z, r.grad);
+  if (r.grad && !direct) store_tile(s, a, z, r.grad);
 }
 
 }  // namespace CPU_CAPABILITY
