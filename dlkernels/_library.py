@@ -9,6 +9,7 @@ An op is two `FusedFunction`s, its forward and its backward. Each is a `torch.au
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class FusedFunction(torch.autograd.Function):
         return cls.kernel(*args)
 
 
+@functools.cache
 def launcher(cls: type[FusedFunction]) -> Callable[..., Any]:
     """The Triton launcher of an op, imported on first use."""
     return getattr(importlib.import_module(f"dlkernels.triton.{cls.family}"), cls.op_name())
