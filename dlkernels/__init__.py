@@ -6,15 +6,17 @@ from . import nn, ops
 from ._backend import backend
 from ._info import build_info
 from ._version import __version__
-from .ops import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
+from .ops import cross_entropy, group_norm, sigmoid_focal_loss, softmax_focal_loss, squeeze_excite
 
 __all__ = [
     "__version__",
     "backend",
     "build_info",
     "cross_entropy",
+    "group_norm",
     "nn",
     "ops",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
+    "squeeze_excite",
 ]

@@ -98,3 +98,31 @@ def normalizer(value: Any, reduction: str, like_name: str, like: Tensor) -> Tens
         same_device("normalizer", value, like_name, like)
         return value.reshape(()).to(dtype)
     return torch.full((), number("normalizer", value), dtype=dtype, device=like.device)
+
+
+def one_of(name: str, value: Any, codes: dict[Any, int]) -> int:
+    """The code of a named option."""
+    code = codes.get(value) if value is None or isinstance(value, str) else None
+    if code is None:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, codes))}, got {value!r}")
+    return code
+
+
+def parameter(name: str, value: Any, expected: tuple[int, ...], meaning: str, like_name: str, like: Tensor) -> None:
+    """A parameter of a layer: shape, device, and the dtype of the input or float32 beside a half-precision one."""
+    floating(name, value)
+    half = like.dtype in (torch.float16, torch.bfloat16)
+    if value.dtype != like.dtype and not (half and value.dtype == torch.float32):
+        allowed = f"{like.dtype} or torch.float32" if half else f"{like.dtype}"
+        raise TypeError(f"`{name}` must be {allowed} beside a {like_name} of {like.dtype}, got {value.dtype}")
+    shape(name, value, expected, meaning)
+    same_device(name, value, like_name, like)
+
+
+def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
+    """A tensor of the shape, dtype and device of another."""
+    floating(name, value)
+    if value.dtype != other.dtype:
+        raise TypeError(f"`{name}` must have the dtype of `{other_name}`, {other.dtype}, got {value.dtype}")
+    shape(name, value, shape_of(other), f"of {other_name}")
+    same_device(name, value, other_name, other)

@@ -105,6 +105,72 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def is_compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """True when a gradient in one of these will be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """True in forward-mode differentiation (torch.autograd.forward_ad), which the reference serves."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return False
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+
+def second_derivative(
+    function: Callable[..., Tensor], grad_output: Tensor, tensors: Sequence[Tensor | None], cotangents: Sequence[Any]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of a backward pass: of vjp(function, *tensors)(grad_output), the reference differentiated twice.
+
+    Args:
+        function: the op in plain PyTorch, of as many arguments as there are tensors.
+        tensors: None where an optional argument is missing.
+        cotangents: of the gradient of each tensor; None counts as zero.
+
+    Returns:
+        The gradient in grad_output, and one in each tensor (None where it is missing).
+    """
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    given = [tensors[i] for i in present]
+
+    def of_present(*some: Tensor) -> Tensor:
+        every: list[Tensor | None] = [None] * len(tensors)
+        for i, t in zip(present, some, strict=True):
+            every[i] = t
+        return function(*every)
+
+    def first(g: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(of_present, *some)[1](g)
+
+    pulled = tuple(
+        torch.zeros_like(t) if cotangents[i] is None else cotangents[i] for i, t in zip(present, given, strict=True)
+    )
+    in_grad_output, *found = torch.func.vjp(first, grad_output, *given)[1](pulled)
+    every: list[Tensor | None] = [None] * len(tensors)
+    for i, g in zip(present, found, strict=True):
+        every[i] = g
+    return in_grad_output, every
+
+
+def fold(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The vmap dimension folded into dimension 0 of every tensor: (B, N, ...) -> (B N, ...)."""
+    return [
+        None if t is None else batch_first(t, d, info.batch_size).flatten(0, 1)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def unfold(info: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+    """The way back: (B N, ...) -> (B, N, ...)."""
+    size = info.batch_size
+    return tuple(out.unflatten(0, (size, out.shape[0] // size if size else out.shape[0])) for out in outputs)
+
+
 # The stored-gradient scale, shared by every loss that writes its gradient in the forward pass -------------------------
 
 

@@ -94,11 +94,26 @@ def class_weights(dtype: torch.dtype, classes: int) -> Tensor:
     return torch.linspace(0.25, 2.0, classes, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def weights(dtype: torch.dtype, *shape: int) -> Tensor:
+    return logits(dtype, *shape) / 3 + 0.25
+
+
+def se_weights(dtype: torch.dtype, channels: int, hidden: int) -> tuple[Tensor, ...]:
+    """w1, b1, w2, b2."""
+    shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+    return tuple(weights(dtype, *shape) for shape in shapes)
+
+
 # The ops --------------------------------------------------------------------------------------------------------------
 
 SIGMOID = ("sigmoid_focal_loss_fwd", "sigmoid_focal_loss_bwd")
 SOFTMAX = ("softmax_focal_loss_fwd", "softmax_focal_loss_bwd")
 STORED = ("scale_stored_grad",)
+GROUP_NORM = ("group_norm_fwd", "group_norm_bwd")
+SQUEEZE_EXCITE = ("squeeze_excite_fwd", "squeeze_excite_bwd")
+LAYER: dict[str, Any] = {"reduced": False, "keeps_layout": True, "higher_order": False}
+# Arguments of layers that have a gradient beside input and grad_output. A loss's `weight` is a constant.
+PARAMETERS = ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g")
 
 OPS = [
     OpCase(
@@ -182,7 +197,103 @@ OPS = [
         SOFTMAX + STORED,
         lambda: dk.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.2),
     ),
+    OpCase(
+        "group_norm/affine",
+        lambda x, w, b: dk.group_norm(x, 3, w, b),
+        lambda dtype, n: (logits(dtype, n, 6, 7), weights(dtype, 6), weights(dtype, 6).flip(0)),
+        GROUP_NORM,
+        lambda: _Functional(dk.nn.GroupNorm(3, 6), "weight", "bias"),
+        image=lambda dtype, n: (logits(dtype, n, 6, 3, 4), weights(dtype, 6), weights(dtype, 6).flip(0)),
+        wants_grad=(0, 1, 2),
+        batched=(0,),
+        **LAYER,
+    ),
+    OpCase(
+        "group_norm/modulated",
+        lambda x, w, b, r, scale, shift: dk.group_norm(
+            x, 2, w, b, 1e-3, activation="silu", residual=r, scale=scale, shift=shift
+        ),
+        lambda dtype, n: (
+            *(logits(dtype, n, 6, 5), weights(dtype, 6), weights(dtype, 6).flip(0)),
+            *(logits(dtype, n, 5, 6).mT, 0.2 * logits(dtype, n, 6), 0.3 * logits(dtype, n, 6).flip(0)),
+        ),
+        GROUP_NORM,
+        lambda: _Functional(dk.nn.GroupNorm(2, 6, 1e-3, activation="silu"), "weight", "bias"),
+        wants_grad=(0, 1, 2, 3, 4, 5),
+        batched=(0, 3, 4, 5),
+        **LAYER,
+    ),
+    OpCase(
+        "group_norm/bare",
+        lambda x, r: dk.group_norm(x, 1, activation="gelu", residual=r),
+        lambda dtype, n: (logits(dtype, n, 5, 4), logits(dtype, n, 4, 5).mT),
+        GROUP_NORM,
+        lambda: dk.nn.GroupNorm(1, 5, affine=False, activation="gelu"),
+        image=lambda dtype, n: (logits(dtype, n, 5, 3, 4), logits(dtype, n, 4, 3, 5).mT.transpose(1, 3).mT),
+        wants_grad=(0, 1),
+        batched=(0, 1),
+        **LAYER,
+    ),
+    OpCase(
+        "squeeze_excite/two_layers",
+        lambda x, w1, b1, w2, b2: dk.squeeze_excite(x, w1, b1, w2, b2),
+        lambda dtype, n: (logits(dtype, n, 6, 7), *se_weights(dtype, 6, 4)),
+        SQUEEZE_EXCITE,
+        lambda: _Functional(
+            dk.nn.SqueezeExcite(6, hidden_channels=4, layout="channels_first"),
+            *("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
+        ),
+        image=lambda dtype, n: (logits(dtype, n, 6, 3, 4), *se_weights(dtype, 6, 4)),
+        wants_grad=(0, 1, 2, 3, 4),
+        batched=(0,),
+        **LAYER,
+    ),
+    OpCase(
+        "squeeze_excite/residual",
+        lambda x, w1, w2, r: dk.squeeze_excite(
+            x, w1, None, w2, None, activation="silu", gate="hard_sigmoid", residual=r, residual_activation="gelu_tanh"
+        ),
+        lambda dtype, n: (logits(dtype, n, 6, 5), *se_weights(dtype, 6, 4)[::2], logits(dtype, n, 5, 6).mT),
+        SQUEEZE_EXCITE,
+        lambda: _Functional(
+            dk.nn.SqueezeExcite(
+                6,
+                bias=False,
+                hidden_channels=4,
+                activation="silu",
+                gate="hard_sigmoid",
+                residual_activation="gelu_tanh",
+            ),
+            *("fc1.weight", "fc2.weight"),
+        ),
+        wants_grad=(0, 1, 2, 3),
+        batched=(0, 3),
+        **LAYER,
+    ),
+    OpCase(
+        "squeeze_excite/effective",
+        lambda x, w, b: dk.squeeze_excite(x, None, None, w, b, layout="tokens"),
+        lambda dtype, n: (logits(dtype, n, 5, 6), *se_weights(dtype, 6, 6)[2:]),
+        SQUEEZE_EXCITE,
+        lambda: _Functional(dk.nn.EffectiveSqueezeExcite(6, gate="sigmoid", layout="tokens"), "fc.weight", "fc.bias"),
+        wants_grad=(0, 1, 2),
+        batched=(0,),
+        **LAYER,
+    ),
 ]
+
+
+class _Functional(torch.nn.Module):
+    """A layer called with its parameters: (x, *parameters, *further inputs)."""
+
+    def __init__(self, layer: torch.nn.Module, *names: str) -> None:
+        super().__init__()
+        self.layer, self.names = layer, names
+
+    def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        shapes = [self.layer.get_parameter(name).shape for name in self.names]
+        own = {name: t.view(shape) for name, t, shape in zip(self.names, tensors, shapes)}
+        return torch.func.functional_call(self.layer, own, (x, *tensors[len(self.names) :]))
 
 
 class _WithNormalizer(torch.nn.Module):
@@ -358,7 +469,7 @@ def test_opcheck(op: OpCase, device: torch.device) -> None:
             overload = getattr(torch.ops.dlkernels, kernel).default
             names = [a.name for a in overload._schema.arguments]
             floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
-            wants = [i for i in floating if names[i] in ("input", "grad_output")]
+            wants = [i for i in floating if names[i] in ("input", "grad_output", *PARAMETERS)]
             args = tuple(a.detach().requires_grad_(i in wants) if i in floating else a for i, a in enumerate(args))
             torch.library.opcheck(overload, args)
             seen.add(kernel)
@@ -835,7 +946,8 @@ def test_channels_last_in_channels_last_out(op: OpCase, device: torch.device) ->
     if op.keeps_layout:
         assert out.is_contiguous(memory_format=torch.channels_last), out.stride()
     for g in grads:
-        assert g.is_contiguous(memory_format=torch.channels_last), g.stride()
+        if g.dim() == 4:
+            assert g.is_contiguous(memory_format=torch.channels_last), g.stride()
     out, *grads = run(op, inputs(op, device, make=op.image))
     assert all(t.is_contiguous() for t in (out, *grads) if t.dim() == 4)
 

@@ -12,9 +12,4 @@ void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& g
 // a copy when the graph is kept. Raises torch's message on a second pass through a freed graph.
 at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output);
 
-// True when a call may go to the compiled eager node: a plain tensor, no transform, mode, tracer or subclass in the
-// way.
-bool plain_eager();
-bool plain_cpu(const at::Tensor& x);
-
 }  // namespace dlkernels

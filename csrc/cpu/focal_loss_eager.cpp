@@ -5,15 +5,13 @@
 // checks, converts and explains, goes on. Second derivatives leave through the dispatcher's differentiable operators.
 #include "focal_loss_eager.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 
+#include "../common/eager.h"
 #include "../common/host.h"
 #include "../common/stored_grad.h"
 #include "focal_loss.h"
@@ -30,29 +28,12 @@ constexpr const char* kDropped =
     "this loss kept its gradient but not its input: pass higher_order=True (the default) to the loss to keep its input "
     "for second derivatives";
 
-at::Tensor tensor_or_undefined(PyObject* object) {
-  return THPVariable_CheckExact(object) ? THPVariable_Unpack(object) : at::Tensor();
-}
-
-std::optional<double> number(PyObject* object) {
-  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
-  if (PyLong_CheckExact(object)) return PyLong_AsDouble(object);
-  return std::nullopt;
-}
-
 std::optional<int64_t> reduction_code(PyObject* object) {
   if (!PyUnicode_CheckExact(object)) return std::nullopt;
   if (PyUnicode_CompareWithASCIIString(object, "mean") == 0) return kMean;
   if (PyUnicode_CompareWithASCIIString(object, "none") == 0) return kNone;
   if (PyUnicode_CompareWithASCIIString(object, "sum") == 0) return kSum;
   return std::nullopt;
-}
-
-bool wants_grad(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
-
-bool floating_input(const at::Tensor& x) {
-  const auto t = x.scalar_type();
-  return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
 }
 
 bool floating_target(const at::Tensor& t, const at::Tensor& x) {
@@ -71,16 +52,11 @@ struct Common {
     input = tensor_or_undefined(x);
     target = tensor_or_undefined(t);
     const auto code = reduction_code(red);
-    if (!input.defined() || !target.defined() || !code || !PyLong_CheckExact(ignore) || !PyBool_Check(higher)) return;
-    if (!plain_eager() || !plain_cpu(input) || !plain_cpu(target) || !floating_input(input) ||
-        input._fw_grad(/*level=*/0).defined())
-      return;
+    const auto ignored = integer(ignore);
+    if (!target.defined() || !code || !ignored || !PyBool_Check(higher)) return;
+    if (!plain_eager() || !plain_floating(input) || !plain_cpu(target)) return;
     reduction = *code;
-    ignore_index = PyLong_AsLongLong(ignore);
-    if (ignore_index == -1 && PyErr_Occurred()) {
-      PyErr_Clear();
-      return;
-    }
+    ignore_index = *ignored;
     higher_order = higher == Py_True;
     if (norm != Py_None) {
       normalizer = number(norm);
@@ -89,11 +65,6 @@ struct Common {
     ok = true;
   }
 };
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
-}
 
 // grad_output of the reduced loss as one of every row: differentiable, for second derivatives.
 at::Tensor spread(const at::Tensor& grad_output, double divisor, at::IntArrayRef rows) {
@@ -173,19 +144,6 @@ struct SoftmaxNode : torch::autograd::Function<SoftmaxNode> {
     return {bwd.call(g, saved[0], saved[1], weight, o.gamma, o.label_smoothing, o.ignore_index), {}, {}, {}, {}};
   }
 };
-
-py::object none() { return py::none(); }
-
-// The loss that `compute` returns, as a Python object; other Python threads run meanwhile.
-template <class F>
-py::object without_gil(F compute) {
-  at::Tensor loss;
-  {
-    py::gil_scoped_release release;
-    loss = compute();
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(loss));
-}
 
 py::object sigmoid_focal_loss(py::handle x, py::handle t, py::handle alpha, py::handle gamma, py::handle reduction,
                               py::handle ignore_index, py::handle normalizer, py::handle higher_order) {

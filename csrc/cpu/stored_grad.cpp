@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "../common/eager.h"
 #include "../common/host.h"
 
 namespace dlkernels {

@@ -1,5 +1,13 @@
 """The functions that users call, one module per family."""
 
 from .focal_loss import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
+from .group_norm import group_norm
+from .squeeze_excite import squeeze_excite
 
-__all__ = ["cross_entropy", "sigmoid_focal_loss", "softmax_focal_loss"]
+__all__ = [
+    "cross_entropy",
+    "group_norm",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+    "squeeze_excite",
+]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _checks
-from .._library import transforms_active
+from .._library import has_tangent, transforms_active, wants_grad
 from ..reference import focal_loss as reference
 from ._focal_loss import MEAN, NONE, SigmoidFocalLoss, SoftmaxFocalLoss
 
@@ -85,7 +85,7 @@ def sigmoid_focal_loss(
         targets = targets.int()
 
     serve = _backend.choose(inputs.device.type)
-    plain = serve == "reference" or _wants_grad(targets) or _has_tangent(inputs)
+    plain = serve == "reference" or wants_grad(targets) or has_tangent(inputs)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:
             divisor = reference.sigmoid_divisor(inputs, targets, ignore_index)
@@ -100,7 +100,7 @@ def sigmoid_focal_loss(
     order = _memory_order(inputs) if targets.shape == inputs.shape else None
     if order is not None:
         inputs, targets = inputs.permute(order), targets.permute(order)
-    need_grad = code != NONE and _wants_grad(inputs)
+    need_grad = code != NONE and wants_grad(inputs)
     loss = SigmoidFocalLoss.call(
         inputs, targets, divisor, alpha, gamma, ignore_index, code, need_grad, higher_order
     )[0]  # fmt: skip
@@ -256,8 +256,8 @@ def _softmax(
         t = target.reshape(x.shape[:1] + x.shape[2:])
         t = t if t.dtype in (torch.int64, torch.int32) else t.int()
 
-    plain = _backend.choose(input.device.type) == "reference" or _wants_grad(t) or _wants_grad(weight)
-    plain = plain or _has_tangent(x)
+    plain = _backend.choose(input.device.type) == "reference" or wants_grad(t) or wants_grad(weight)
+    plain = plain or has_tangent(x)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:
             divisor = reference.softmax_divisor(x, t, weight if mean_of_weights else None, ignore_index)
@@ -269,22 +269,11 @@ def _softmax(
             rows = SoftmaxFocalLoss.call(x, t, weight, None, *options)[0]
         return reference.reduce(rows.reshape(loss_shape), code, divisor)
 
-    need_grad = code != NONE and _wants_grad(x)
+    need_grad = code != NONE and wants_grad(x)
     loss = SoftmaxFocalLoss.call(
         x, t, weight, divisor, gamma, eps, ignore_index, mean_of_weights, code, need_grad, higher_order
     )[0]
     return loss.reshape(loss_shape) if code == NONE else loss
-
-
-def _wants_grad(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
-
-
-def _has_tangent(x: Tensor) -> bool:
-    """True in forward-mode differentiation (torch.autograd.forward_ad), which the reference serves."""
-    if _is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return False
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def _memory_order(x: Tensor) -> list[int] | None:

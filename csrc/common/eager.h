@@ -1,0 +1,77 @@
+// What the eager entries of every family share: reading Python arguments without conversions, and calling back.
+//
+// An entry takes only what needs no conversion and no error message; for the rest it answers None and Python's path,
+// which checks, converts and explains, goes on.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+
+namespace dlkernels {
+
+// True when a call may go to a compiled eager node: no transform, mode or tracer in the way; a plain CPU tensor.
+bool plain_eager();
+bool plain_cpu(const at::Tensor& x);
+
+inline at::Tensor tensor_or_undefined(PyObject* object) {
+  return THPVariable_CheckExact(object) ? THPVariable_Unpack(object) : at::Tensor();
+}
+
+inline std::optional<double> number(PyObject* object) {
+  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
+  if (PyLong_CheckExact(object)) return PyLong_AsDouble(object);
+  return std::nullopt;
+}
+
+// An int, and no error left behind where it does not fit.
+inline std::optional<int64_t> integer(PyObject* object) {
+  if (!PyLong_CheckExact(object)) return std::nullopt;
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  return value;
+}
+
+inline bool wants_grad(const at::Tensor& x) { return x.defined() && x.requires_grad() && at::GradMode::is_enabled(); }
+
+inline bool floating_input(const at::Tensor& x) {
+  const auto t = x.scalar_type();
+  return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
+}
+
+// A plain floating CPU tensor without a forward-mode tangent.
+inline bool plain_floating(const at::Tensor& x) {
+  return x.defined() && plain_cpu(x) && floating_input(x) && !x._fw_grad(/*level=*/0).defined();
+}
+
+inline std::optional<at::Tensor> optional(const at::Tensor& x) {
+  return x.defined() ? std::make_optional(x) : std::nullopt;
+}
+
+inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& x) { return x.value_or(at::Tensor()); }
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+inline pybind11::object none() { return pybind11::none(); }
+
+// The tensor that `compute` returns, as a Python object; other Python threads run meanwhile.
+template <class F>
+pybind11::object without_gil(F compute) {
+  at::Tensor result;
+  {
+    pybind11::gil_scoped_release release;
+    result = compute();
+  }
+  return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(result));
+}
+
+}  // namespace dlkernels
