@@ -10,6 +10,7 @@
 #include "common/host.h"
 #include "cpu/focal_loss_eager.h"
 #include "cpu/group_norm_eager.h"
+#include "cpu/squeeze_excite_eager.h"
 
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_group_norm(m);
+  dlkernels::bind_squeeze_excite(m);
 }

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+
+#include <optional>
 
 namespace dlkernels {
 
@@ -64,6 +67,21 @@ inline bool fits_parameter(const at::Tensor& p, const at::Tensor& x, at::IntArra
   const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   return (p.scalar_type() == x.scalar_type() || (half && p.scalar_type() == at::kFloat)) && p.sizes() == sizes &&
          p.is_contiguous();
+}
+
+// Optional tensors: undefined stands for what is not given.
+using Optional = std::optional<at::Tensor>;
+inline at::Tensor contiguous(const Optional& x) {
+  return x.has_value() && x->defined() ? x->contiguous() : at::Tensor();
+}
+inline const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+inline void* written(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
+inline at::Tensor empty_or_undefined(const at::Tensor& like) {
+  return like.defined() ? at::empty_like(like) : at::Tensor();
+}
+// What an operator returns for a gradient that there is none of.
+inline at::Tensor given(const at::Tensor& x, const at::Tensor& like) {
+  return x.defined() ? x : at::empty({0}, like.options());
 }
 
 }  // namespace dlkernels

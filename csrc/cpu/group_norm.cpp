@@ -20,12 +20,6 @@ Parameter parameter(const at::Tensor& x) {
   return x.defined() ? Parameter{x.const_data_ptr(), float_kind(x)} : Parameter{};
 }
 
-const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
-
-at::Tensor empty_or_undefined(const at::Tensor& like) { return like.defined() ? at::empty_like(like) : at::Tensor(); }
-
-void* written(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
-
 GroupNormArgs arguments(const GroupNormTensors& t, const Rows& rows, const GroupNormOptions& o) {
   GroupNormArgs a{};
   a.dtype = float_kind(t.x);
@@ -95,14 +89,6 @@ GroupNormGrads group_norm_backward(const at::Tensor& grad_output, const GroupNor
 // ------------------------------------------------------------------------------
 
 namespace {
-
-using Optional = std::optional<at::Tensor>;
-
-at::Tensor contiguous(const Optional& x) { return x.has_value() && x->defined() ? x->contiguous() : at::Tensor(); }
-
-at::Tensor given(const at::Tensor& x, const at::Tensor& like) {
-  return x.defined() ? x : at::empty({0}, like.options());
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_fwd(const at::Tensor& input, const Optional& weight,
                                                               const Optional& bias, const Optional& residual,
