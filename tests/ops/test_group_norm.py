@@ -18,10 +18,13 @@ from _layers import (
     INF,
     NAN,
     Tensors,
+    assert_layout,
     backend_fixture,
+    channels_last,
     check,
     each,
     normal,
+    random_,
     rejects,
     results,
     same_layout,
@@ -126,11 +129,6 @@ def check_layer(
     )
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The channels innermost in memory, in any rank."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 # Values and gradients -------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +163,19 @@ def test_every_shape(shape: tuple[int, ...], groups: int, dtypes: Any, backend: 
             dk.group_norm, shape, groups, seeds=2, eps=eps, present=SETS[present], dtypes=dtypes, device=device,
             layout=layout,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_parameters_of_different_dtypes(half: torch.dtype, backend: str, device: torch.device) -> None:
+    """Each of them may be float32 beside a half-precision input; its gradient is what it is."""
+    for single in (("weight",), ("bias",), ("scale",), ("shift",), ("weight", "shift"), ("bias", "scale")):
+        t = draw((3, 6, 5, 3), dtypes=(half, half), device=device)
+        t |= {k: v.float() for k, v in t.items() if k in single}
+        g = normal(3, 6, 5, 3, dtype=half).to(device)
+        exact = results(lambda input, **more: plain(input, 2, **more), each(t, lambda v: v.double()), g)
+        for name, value in results(lambda input, **more: dk.group_norm(input, 2, **more), t, g).items():
+            assert value.dtype == t[name.removeprefix("gradient of ") if name != "output" else "input"].dtype
+            assert_within_budget(value, exact[name], what=name)
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((2, 6, 5), 3), ((2, 6, 3, 3), 1), ((2, 5, 4), 5)], ids=str)
@@ -272,6 +283,30 @@ def test_layouts(shape: tuple[int, ...], backend: str, device: torch.device) -> 
           [t], cotangent=expanded)  # fmt: skip
 
 
+SLICED: dict[str, Callable[[Tensor], Tensor]] = {
+    "window": lambda x: F.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "channels": lambda x: torch.cat([x, x], 1)[:, 6:],
+    "channels_of_channels_last": lambda x: channels_last(torch.cat([x, x], 1))[:, 6:],
+    "window_of_channels_last": lambda x: channels_last(F.pad(x, (1, 2)))[..., 1:-2],
+    "every_other_channel": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every_other_sample": lambda x: x.repeat_interleave(2, 0)[::2],
+    "flipped_in_memory": lambda x: x.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3),
+    "expanded": lambda x: x[:, :, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices(name: str, backend: str, device: torch.device) -> None:
+    """Parts of larger tensors, and tensors whose elements share memory."""
+    t = draw((3, 6, 5, 4), device=device)
+    t["input"], t["residual"] = SLICED[name](t["input"]), SLICED[name](t["residual"])
+    check(
+        lambda input, **more: dk.group_norm(input, 2, activation="silu", **more),
+        lambda input, **more: plain(input, 2, activation="silu", **more),
+        [t],
+    )
+
+
 def test_strided_parameters(backend: str, device: torch.device) -> None:
     """Slices, chunks of one tensor, expanded vectors: scale and shift come out of one Linear."""
     t = draw((3, 6, 4, 4), device=device)
@@ -303,7 +338,7 @@ DENSE: dict[str, Callable[[torch.device], Tensor]] = {
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_nothing_is_copied(name: str, activation: str | None, fused: str, device: torch.device) -> None:
-    """Dense layouts: no copying operator; what is allocated is the output, then dx (and dresidual), and little beside."""
+    """Dense layouts: no copying operator; allocated is the output, then dx (and dresidual), and little beside."""
     x = DENSE[name](device).requires_grad_()
     weight, bias = (normal(8).to(device).requires_grad_() for _ in range(2))
     residual = torch.randn_like(x).requires_grad_()
@@ -548,12 +583,6 @@ def test_rejects_what_torch_rejects(name: str) -> None:
 # The module -----------------------------------------------------------------------------------------------------------
 
 
-def random_(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, 0.4)
-    return module
-
-
 @pytest.mark.parametrize("how", [{}, {"bias": False}, {"affine": False}, {"eps": 0.1}], ids=str)
 def test_module_is_torchs(how: dict[str, Any], backend: str, device: torch.device) -> None:
     """Same arguments, parameters, state_dict in both directions, and numbers."""
@@ -641,8 +670,6 @@ def composed(
         y = y + residual
     if flaw == "last_element":
         y = y * torch.ones_like(y).index_put_(tuple(torch.tensor([k - 1]) for k in y.shape), torch.zeros(()))
-    if flaw != "contiguous" and not input.is_contiguous():
-        y = channels_last(y)
     return y.to(input.dtype)
 
 
@@ -664,7 +691,6 @@ FLAWS: dict[str, tuple[str, dict[str, Any]]] = {
     "slope": ("output", {"activation": "leaky_relu"}),
     "tanh_for_erf": ("output", {"activation": "gelu"}),
     "last_element": ("output", {}),
-    "contiguous": ("output: strides", {"layout": channels_last}),
     "no_mean_of_q": ("gradient of input", {}),
     "no_mean_of_q_x_hat": ("gradient of input", {}),
     "no_mean_terms": ("gradient of input", {}),
@@ -681,9 +707,23 @@ def test_negative_control(flaw: str) -> None:
     complaint, options = FLAWS[flaw]
     with dk.backend("reference"):
         check_layer(dk.group_norm, (3, 6, 5, 3), 2, **options)
-    check_layer(composed, (3, 6, 5, 3), 2, **options)
-    with pytest.raises(AssertionError, match=complaint):
+        check_layer(composed, (3, 6, 5, 3), 2, **options)
+    with dk.backend("reference"), pytest.raises(AssertionError, match=complaint):
         check_layer(lambda *a, **k: composed(*a, **k, flaw=flaw), (3, 6, 5, 3), 2, **options)
+
+
+def test_negative_control_of_the_layout() -> None:
+    """torch's own keeps channels_last; a contiguous output or gradient is noticed."""
+    how: dict[str, Any] = {"present": SETS["affine"], "layout": channels_last}
+    check_layer(plain, (2, 6, 5, 3), 2, **how)
+    with pytest.raises(AssertionError, match="output: strides"):
+        check_layer(lambda *a, **k: plain(*a, **k).contiguous(), (2, 6, 5, 3), 2, **how)
+    with pytest.raises(AssertionError, match="gradient of input: strides"):
+        check_layer(lambda x, *a, **k: channels_last(plain(x.contiguous(), *a, **k)), (2, 6, 5, 3), 2, **how)
+    x = normal(2, 6, 5, 3)
+    assert_layout(channels_last(x), x.transpose(2, 3), "output")
+    with pytest.raises(AssertionError, match="not dense"):
+        assert_layout(x[:, ::2], x.transpose(2, 3), "output")
 
 
 def test_negative_control_of_the_large_mean() -> None:
