@@ -25,6 +25,7 @@ from _layers import (
     channels_last,
     check,
     each,
+    enough,
     normal,
     random_,
     rejects,
@@ -170,10 +171,13 @@ def test_every_size(
     """Two layers and one, channels first and last in memory and in the shape."""
     for hidden, memory in ((r, torch.Tensor.contiguous), (r, channels_last), (None, torch.Tensor.contiguous)):
         check_layer(
-            dk.squeeze_excite, (n, c, *s), hidden, options={"activation": "silu"}, dtypes=dtypes, device=device,
-            memory=memory,
+            dk.squeeze_excite, (n, c, *s), hidden, options={"activation": "silu"}, seeds=enough(2 * r), dtypes=dtypes,
+            device=device, memory=memory,
         )  # fmt: skip
-    check_layer(dk.squeeze_excite, (n, *s, c), r, options={"layout": "channels_last"}, dtypes=dtypes, device=device)
+    check_layer(
+        dk.squeeze_excite, (n, *s, c), r, options={"layout": "channels_last"}, seeds=enough(2 * r), dtypes=dtypes,
+        device=device,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "tokens"])
@@ -263,7 +267,7 @@ def test_random_shapes_and_options(device: torch.device) -> None:
         options |= {"layout": "channels_last"} if shape_last else {}
         check_layer(
             dk.squeeze_excite, (n, *s, c) if shape_last else (n, c, *s), hidden, options=options,
-            present=tuple(present), dtypes=dtypes, device=device,
+            seeds=enough(hidden or c), present=tuple(present), dtypes=dtypes, device=device,
             memory=channels_last if memory_last and not shape_last else torch.Tensor.contiguous,
         )  # fmt: skip
 
