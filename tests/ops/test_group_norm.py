@@ -166,6 +166,21 @@ def test_every_shape(shape: tuple[int, ...], groups: int, dtypes: Any, backend: 
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[5]])
+def test_every_remainder(dtypes: Any, fused: str, device: torch.device) -> None:
+    """All numbers of channels and of positions up to a few vectors, so that every tail is met."""
+    few = [((2, 1, s), 1) for s in range(4, 70)] + [((1, 4, s), 2) for s in (*range(2, 34), 63, 64, 65, 127, 129)]
+    many = [((2, c, 3), 1) for c in range(2, 70)] + [((1, 2 * c, 2), 2) for c in range(2, 34)]
+    for (shape, groups), layout in itertools.product(few + many, (torch.Tensor.contiguous, channels_last)):
+        t = draw(shape, ("weight", "bias"), dtypes, device, layout)
+        g = (normal(*shape, mean=1.5).to(device) + t["input"]).to(dtypes[0])  # no sum cancels
+        actual = results(lambda input, **more: dk.group_norm(input, groups, **more), t, g)  # noqa: B023
+        exact = results(lambda input, **more: plain(input, groups, **more), each(t, lambda v: v.double()), g)  # noqa: B023
+        for name, value in actual.items():  # one element that is lost or wrong is an error above 1 / sqrt(420)
+            limit = 2 * torch.finfo(value.dtype).eps if value.dtype == torch.bfloat16 else 1e-4
+            assert relative_error(value, exact[name]) < limit, f"{name} of {shape}"
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_parameters_of_different_dtypes(half: torch.dtype, backend: str, device: torch.device) -> None:
     """Each of them may be float32 beside a half-precision input; its gradient is what it is."""
@@ -254,7 +269,8 @@ def test_random_shapes_and_options(device: torch.device) -> None:
             shape, eps = (n, groups * per, 2, *s), 0.5
         check_layer(
             dk.group_norm, shape, groups, seeds=enough(shape[1]), eps=eps, activation=activation,
-            present=tuple(present), dtypes=dtypes, device=device, layout=channels_last if last else torch.Tensor.contiguous,
+            present=tuple(present), dtypes=dtypes, device=device,
+            layout=channels_last if last else torch.Tensor.contiguous,
         )  # fmt: skip
 
     holds()
@@ -352,7 +368,7 @@ def test_nothing_is_copied(name: str, activation: str | None, fused: str, device
     ):
         copies, allocated = work(call)
         assert not copies, copies
-        assert device.type != "cpu" or allocated <= (tensors + 0.2) * x.nbytes, f"{allocated} bytes for {x.nbytes}"
+        assert device.type != "cpu" or tensors <= allocated / x.nbytes <= tensors + 0.2, f"{allocated} bytes"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
