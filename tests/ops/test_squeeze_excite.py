@@ -312,6 +312,23 @@ def test_layouts(shape: tuple[int, ...], backend: str, device: torch.device) -> 
     check(dk.squeeze_excite, plain, [t], cotangent=expanded)
 
 
+TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "without_the_class_token": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "part_of_qkv": lambda x: torch.cat([x, x, x], -1)[..., 6:12],
+    "every_other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "channels_first_in_memory": lambda x: x.mT.contiguous().mT,
+    "one_token_everywhere": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_slices(name: str, backend: str, device: torch.device) -> None:
+    """Parts of larger tensors, and tensors whose elements share memory."""
+    t = draw((3, 9, 6), 4, ("b1", "b2", "residual"), device=device, channel=-1)
+    sliced = {**t, **each({k: t[k] for k in ("x", "residual")}, TOKENS[name])}
+    compare(sliced, {"layout": "tokens", "residual_activation": "gelu"})
+
+
 def test_strided_weights(backend: str, device: torch.device) -> None:
     """Transposed and sliced weights, expanded biases."""
     t = draw((3, 8, 4, 4), 5, device=device)
