@@ -9,6 +9,8 @@
 
 #include "common/host.h"
 #include "cpu/focal_loss_eager.h"
+#include "cpu/stochastic_depth_eager.h"
+#include "cpu/weight_norm_eager.h"
 
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
@@ -56,4 +58,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_focal_loss(m);
+  dlkernels::bind_stochastic_depth(m);
+  dlkernels::bind_weight_norm(m);
 }

@@ -4,11 +4,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+
+#include "float_kind.h"
 
 namespace dlkernels {
 
@@ -22,6 +26,27 @@ constexpr int64_t kStreamBytes = int64_t{12} << 20;
 
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Float float_kind(const char* name, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Float::kFloat32;
+    case at::kHalf: return Float::kFloat16;
+    case at::kBFloat16: return Float::kBFloat16;
+    case at::kDouble: return Float::kFloat64;
+    default:
+      TORCH_CHECK_TYPE(false, "`", name, "` must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
+  }
+}
+
+// Dense, with dimension 0 outermost and the channels innermost: torch's channels_last, in any number of dimensions.
+inline bool channels_last(const at::Tensor& x) {
+  return x.dim() > 2 && !x.is_contiguous() && x.movedim(1, -1).is_contiguous();
+}
+
+// x in the memory layout of a dense tensor of the same shape: itself where it lies so, else a copy.
+inline at::Tensor in_layout_of(const at::Tensor& like, const at::Tensor& x) {
+  return x.strides() == like.strides() ? x : at::empty_like(like, x.options()).copy_(x);
 }
 
 // A zero-dimensional tensor of the accumulation type.

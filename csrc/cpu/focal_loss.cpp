@@ -27,16 +27,6 @@ const FocalLossKernels& kernels() {
   return table;
 }
 
-Float float_kind(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Float::kFloat32;
-    case at::kHalf: return Float::kFloat16;
-    case at::kBFloat16: return Float::kBFloat16;
-    case at::kDouble: return Float::kFloat64;
-    default: TORCH_CHECK_TYPE(false, "`input` must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
-  }
-}
-
 Target target_kind(const at::Tensor& target, const at::Tensor& input) {
   switch (target.scalar_type()) {
     case at::kBool:
@@ -134,7 +124,7 @@ struct SigmoidProblem {
     const bool in_order = !classes && elementwise(x, t);
     input = in_order ? x : x.contiguous();
     target = in_order ? t : t.contiguous();
-    args.dtype = float_kind(input);
+    args.dtype = float_kind("input", input);
     args.target_kind = target_kind(target, input);
     args.input = input.const_data_ptr();
     args.target = target.const_data_ptr();
@@ -173,7 +163,7 @@ struct SoftmaxProblem {
     const bool rows_last = channels_last(x) && (!probabilities || t.strides() == x.strides());
     input = rows_last ? x : x.contiguous();
     target = rows_last && probabilities ? t : t.contiguous();
-    args.dtype = float_kind(input);
+    args.dtype = float_kind("input", input);
     args.target_kind = target_kind(target, input);
     args.input = input.const_data_ptr();
     args.target = target.const_data_ptr();

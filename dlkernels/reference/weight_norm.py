@@ -1,0 +1,25 @@
+"""Weight normalisation: w = g v / ||v||.
+
+Salimans and Kingma, "Weight Normalization", eq. 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._activation import compute
+
+
+def weight_norm(v: Tensor, g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """v of any shape; g broadcast against it; the norm over `dims`. Returns w in the dtype of v, and the norm."""
+    x = compute(v)
+    # In units of the largest element no square leaves the range; whatever the unit, n is the same function of v.
+    unit = x.detach().abs().amax(dims, keepdim=True) if x.numel() else x.new_ones(()).expand_as(x.sum(dims, True))
+    unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1)
+    u = x / unit
+    squares = u.square().sum(dims, keepdim=True)
+    zero = squares == 0  # a row of zeros has no direction: its weight and its gradients are 0
+    length = torch.where(zero, 1, squares).sqrt()
+    w = torch.where(zero, 0, u * (compute(g) / length))
+    return w.to(v.dtype), torch.where(zero, 0, length * unit)
