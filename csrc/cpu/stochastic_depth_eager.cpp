@@ -21,18 +21,20 @@ struct StochasticDepthNode : torch::autograd::Function<StochasticDepthNode> {
                             const at::Tensor& noise) {
     ctx->save_for_backward({noise});
     ctx->saved_data["last"] = channels_last(input);
+    ctx->saved_data["has_residual"] = residual.has_value();
     return stochastic_depth_forward(input, noise, value_or_undefined(residual));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     RECORD_FUNCTION("dlkernels::stochastic_depth_fwd", c10::ArrayRef<const c10::IValue>{});
     const at::Tensor noise = ctx->get_saved_variables()[0], &g = grads[0];
-    if (!ctx->needs_input_grad(0)) return {{}, g, {}};
+    const at::Tensor dresidual = ctx->saved_data["has_residual"].toBool() ? g : at::Tensor();
+    if (!ctx->needs_input_grad(0)) return {{}, dresidual, {}};
     const bool last = ctx->saved_data["last"].toBool();
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(g)) {
       const bool in_place = last ? channels_last(g) : g.is_contiguous();
       const at::Tensor rows = in_place ? g : last ? g.movedim(1, -1).contiguous().movedim(-1, 1) : g.contiguous();
-      return {stochastic_depth_forward(rows, noise, {}), g, {}};
+      return {stochastic_depth_forward(rows, noise, {}), dresidual, {}};
     }
     static const auto fwd =
         op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
@@ -41,7 +43,7 @@ struct StochasticDepthNode : torch::autograd::Function<StochasticDepthNode> {
     const at::Tensor dx = fwd.call(order.reshape({noise.numel(), g.numel() / std::max<int64_t>(1, noise.numel())}),
                                    noise, std::nullopt)
                               .reshape(order.sizes());
-    return {last ? dx.movedim(-1, 1) : dx, g, {}};
+    return {last ? dx.movedim(-1, 1) : dx, dresidual, {}};
   }
 };
 

@@ -39,10 +39,10 @@ void run(WeightNormArgs& a) {
   }
   const int64_t width = a.plan.columns ? a.rows * a.inner : 0;
   const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(8 * (a.plan.slots + 3 * a.rows + 2 * width));
-  a.partial = static_cast<double*>(scratch.get());
-  a.factors = a.partial + a.plan.slots;
+  a.partial = scratch.get();
+  a.factors = static_cast<double*>(scratch.get()) + a.plan.slots;
   a.spread = a.factors + 3 * a.rows;
-  at::parallel_for(0, a.plan.sums, share(a, a.plan.sums),
+  at::parallel_for(0, a.plan.pieces, share(a, a.plan.pieces),
                    [&](int64_t begin, int64_t end) { kernels().sum(a, begin, end); });
   at::parallel_for(0, a.rows, grain(a.plan.slots / std::max<int64_t>(1, a.rows)),
                    [&](int64_t begin, int64_t end) { kernels().factor(a, begin, end); });
@@ -77,10 +77,13 @@ std::tuple<at::Tensor, at::Tensor> weight_norm_backward(const at::Tensor& grad_o
                                                         const at::Tensor& g, const at::Tensor& norm,
                                                         WeightNormView view) {
   const at::Tensor dv = at::empty_like(v), dg = at::empty_like(g), dw = in_layout_of(v, grad_output);
+  if (v.numel() == 0) return {dv, dg.zero_()};
   WeightNormArgs a = arguments(v, g, view);
   a.grad_output = dw.const_data_ptr();
   a.out = dv.mutable_data_ptr();
   a.dg = dg.mutable_data_ptr();
+  // Three tensors of this size pass by; dv is not read before the rest of the backward pass has done so too.
+  a.stream = 3 * static_cast<int64_t>(dv.nbytes()) > 2 * kStreamBytes;
   a.norm = const_cast<void*>(norm.const_data_ptr());  // only read, where grad_output is given
   run(a);
   return {dv, dg};

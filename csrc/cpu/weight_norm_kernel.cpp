@@ -33,7 +33,7 @@ DL_INLINE double dot(const T* x, const T* y, int64_t n) {
 }
 
 // out = a x - b y, the second term in the backward pass only. `next` is what the following call will read.
-template <class T, bool kBackward>
+template <class T, bool kBackward, bool kStream>
 DL_INLINE void combine(T* out, const T* x, const T* y, int64_t n, double a, double b, const T* next_x,
                        const T* next_y) {
   using V = typename Lanes<T>::vec;
@@ -46,7 +46,10 @@ DL_INLINE void combine(T* out, const T* x, const T* y, int64_t n, double a, doub
     for (int64_t j = i; j < i + kLine; j += kWidth) {
       V r = load(x + j) * va;
       if constexpr (kBackward) r -= load(y + j) * vb;
-      store(out + j, r);
+      if constexpr (kStream)
+        stream(out + j, r);
+      else
+        store(out + j, r);
     }
   }
   for (; i < n; i += kWidth) {
@@ -78,6 +81,8 @@ struct Problem {
         v(static_cast<const T*>(a.v)),
         x(static_cast<const T*>(a.grad_output ? a.grad_output : a.v)),
         out(static_cast<T*>(a.out)) {}
+
+  static bool aligned(const T* p) { return reinterpret_cast<uintptr_t>(p) % (Lanes<T>::width * sizeof(T)) == 0; }
 
   bool backward() const { return args.grad_output != nullptr; }
 
@@ -141,7 +146,11 @@ struct Problem {
     pieces(k, segment, [&](int64_t at, int64_t n) {
       if (r.kind != kUsual) return slowly(at, n, r);
       const T* next = more ? x + at + args.inner : nullptr;
-      combine<T, kBackward>(out + at, x + at, v + at, n, r.a, r.b, next, kBackward && more ? v + at + args.inner : next);
+      const T* next_v = kBackward && more ? v + at + args.inner : next;
+      if (kBackward && args.stream && aligned(out + at))
+        combine<T, kBackward, kBackward>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
+      else
+        combine<T, kBackward, false>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
     });
   }
 
@@ -156,34 +165,30 @@ struct Problem {
     }
   }
 
-  // Sums of a block of columns over a segment of chunks.
-  void column_sum(int64_t segment, int64_t block) const {
+  // Sums of all columns over a segment of chunks, four chunks at a time: memory is read in its order.
+  void column_sum(int64_t segment) const {
     using V = typename Lanes<T>::vec;
-    constexpr int64_t kWidth = Lanes<T>::width, kVectors = 4;
+    constexpr int64_t kWidth = Lanes<T>::width;
     const int64_t width = args.rows * args.inner, begin = segment * plan.height;
     const int64_t end = begin + plan.height < args.outer ? begin + plan.height : args.outer;
-    const int64_t last = (block + 1) * kWeightNormBlock < width ? (block + 1) * kWeightNormBlock : width;
-    double* to = args.partial + segment * width;
-    A lanes[kVectors * kWidth];
-    for (int64_t c = block * kWeightNormBlock; c < last;) {
-      V s[kVectors] = {V{}, V{}, V{}, V{}};
-      int64_t n = kVectors * kWidth;
-      if (c + n <= last) {
-        for (int64_t o = begin; o < end; ++o)
-          for (int64_t j = 0; j < kVectors; ++j) {
-            const int64_t at = o * width + c + j * kWidth;
-            s[j] += load(v + at) * load(x + at);
-          }
-      } else if (n = kWidth; c + n <= last) {
-        for (int64_t o = begin; o < end; ++o) s[0] += load(v + o * width + c) * load(x + o * width + c);
-      } else {
-        n = last - c;
-        for (int64_t o = begin; o < end; ++o)
-          s[0] += load_part(v + o * width + c, n, 0) * load_part(x + o * width + c, n, 0);
+    A* to = static_cast<A*>(args.partial) + segment * width;
+    for (int64_t c = 0; c < width; ++c) to[c] = 0;
+    for (int64_t o = begin; o < end; o += 4) {
+      const int64_t step = o + 4 <= end ? 4 : end - o;
+      const T *pv = v + o * width, *px = x + o * width;
+      int64_t c = 0;
+      for (; step == 4 && c + kWidth <= width; c += kWidth) {
+        V s[4];
+        for (int64_t j = 0; j < 4; ++j) s[j] = load(pv + j * width + c) * load(px + j * width + c);
+        store(to + c, load(to + c) + ((s[0] + s[1]) + (s[2] + s[3])));
       }
-      for (int64_t j = 0; j < kVectors; ++j) store(lanes + j * kWidth, s[j]);
-      for (int64_t j = 0; j < n; ++j) to[c + j] = lanes[j];
-      c += n;
+      for (; c < width; c += kWidth) {
+        const int64_t n = width - c < kWidth ? width - c : kWidth;
+        V s = load_part(to + c, n, 0);
+        for (int64_t j = 0; j < step; ++j)
+          s += load_part(pv + j * width + c, n, 0) * load_part(px + j * width + c, n, 0);
+        store_part(to + c, s, n);
+      }
     }
   }
 
@@ -191,8 +196,9 @@ struct Problem {
     const int64_t width = args.rows * args.inner;
     double total = 0;
     for (int64_t s = 0; s < plan.segments; ++s) {
-      if (!plan.columns) total += args.partial[k * plan.segments + s];
-      for (int64_t b = 0; plan.columns && b < args.inner; ++b) total += args.partial[s * width + k * args.inner + b];
+      if (!plan.columns) total += static_cast<const double*>(args.partial)[k * plan.segments + s];
+      for (int64_t b = 0; plan.columns && b < args.inner; ++b)
+        total += static_cast<const A*>(args.partial)[s * width + k * args.inner + b];
     }
     const Row r = row(k, total);
     args.factors[k] = r.a, args.factors[args.rows + k] = r.b, args.factors[2 * args.rows + k] = r.kind;
@@ -215,11 +221,15 @@ struct Problem {
     for (int64_t o = begin; o < end; ++o) {
       const T *px = x + o * width, *pv = v + o * width;
       T* to = out + o * width;
+      const bool past_caches = kBackward && args.stream && aligned(to);
       int64_t c = 0;
       for (; c + kWidth <= width; c += kWidth) {
         V r = load(px + c) * load(fa + c);
         if constexpr (kBackward) r -= load(pv + c) * load(fb + c);
-        store(to + c, r);
+        if (past_caches)
+          stream(to + c, r);
+        else
+          store(to + c, r);
       }
       if (c < width) {
         V r = load_part(px + c, width - c, 0) * load_part(fa + c, width - c, 0);
@@ -239,6 +249,7 @@ static void rows(const WeightNormArgs& a, int64_t begin, int64_t end) {
   with_float(a.dtype, [&](auto t) {
     const Problem<decltype(t)> p(a);
     a.grad_output ? p.template rows<true>(begin, end) : p.template rows<false>(begin, end);
+    if (a.stream) store_fence();
   });
 }
 
@@ -247,9 +258,9 @@ static void sum_step(const WeightNormArgs& a, int64_t begin, int64_t end) {
     const Problem<decltype(t)> p(a);
     for (int64_t i = begin; i < end; ++i) {
       if (p.plan.columns)
-        p.column_sum(i / p.plan.blocks, i % p.plan.blocks);
+        p.column_sum(i);
       else
-        a.partial[i] = p.segment_sum(i / p.plan.segments, i % p.plan.segments);
+        static_cast<double*>(a.partial)[i] = p.segment_sum(i / p.plan.segments, i % p.plan.segments);
     }
   });
 }
@@ -265,7 +276,7 @@ template <class T, bool kBackward>
 void apply_step_typed(const Problem<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (p.plan.columns) {
-      p.template column_apply<kBackward>(i);
+      p.template column_apply<kBackward>(p.plan.pieces - 1 - i);  // what was read last may still be in the cache
     } else {
       const int64_t k = i / p.plan.segments;
       p.template apply<kBackward>(k, i % p.plan.segments, p.stored_row(k), false);
@@ -278,6 +289,7 @@ static void apply_step(const WeightNormArgs& a, int64_t begin, int64_t end) {
     const Problem<decltype(t)> p(a);
     a.grad_output ? apply_step_typed<decltype(t), true>(p, begin, end)
                   : apply_step_typed<decltype(t), false>(p, begin, end);
+    if (a.stream) store_fence();
   });
 }
 

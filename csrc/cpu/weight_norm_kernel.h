@@ -13,15 +13,14 @@ namespace dlkernels {
 
 constexpr int64_t kWeightNormSegment = 16384;  // elements of a row per partial sum
 constexpr int64_t kWeightNormShortChunk = 64;  // chunks shorter than this go by columns
-constexpr int64_t kWeightNormBlock = 64;       // columns that are summed at once
 
 // How [A, K, B] is cut up: by its shape alone.
 struct WeightNormPlan {
   bool columns;
   int64_t segments;             // per row, or of the columns
   int64_t parts, chunks;        // rows: parts of a chunk, chunks of a segment (one of the two is 1)
-  int64_t height, blocks;       // columns: chunks per segment, blocks of columns
-  int64_t sums, pieces, slots;  // items of the steps `sum` and `apply`; numbers in `partial`
+  int64_t height;               // columns: chunks per segment
+  int64_t pieces, slots;        // items of the steps `sum` and `apply`; numbers in `partial`
 };
 
 // Internal linkage: compiled into files of several instruction sets.
@@ -33,11 +32,9 @@ struct WeightNormPlan {
   p.parts = inner > kWeightNormSegment ? up(inner, kWeightNormSegment) : 1;
   p.chunks = p.parts > 1 || inner == 0 ? 1 : kWeightNormSegment / inner;
   p.height = width > 1024 || width == 0 ? 32 : 32768 / width;
-  p.blocks = up(width, kWeightNormBlock);
   p.segments = p.columns ? up(outer, p.height) : p.parts > 1 ? outer * p.parts : up(outer, p.chunks);
-  p.sums = p.segments * (p.columns ? p.blocks : rows);
-  p.pieces = p.columns ? p.segments : p.sums;
-  p.slots = p.columns ? p.segments * width : p.sums;
+  p.pieces = p.columns ? p.segments : rows * p.segments;
+  p.slots = p.columns ? p.segments * width : p.pieces;
   return p;
 }
 
@@ -51,8 +48,9 @@ struct WeightNormArgs {
   void* dg;                    // [K] in g_dtype, or nullptr: forward
   int64_t outer, rows, inner;  // A, K, B
   WeightNormPlan plan;
+  bool stream;  // write dv past the caches
   // Scratch of the three steps.
-  double* partial;  // [plan.slots]
+  void* partial;    // rows: [K, segments] double; columns: [segments, K B] float32 (float64)
   double* factors;  // [3, K]: a, b and the kind of the row
   void* spread;     // columns: [2, K B] float32 (float64), a and b per column
 };
@@ -60,8 +58,8 @@ struct WeightNormArgs {
 struct WeightNormKernels {
   // Whole rows k: the sum, then the result while the row is in the cache.
   void (*rows)(const WeightNormArgs&, int64_t row_begin, int64_t row_end);
-  // The same in three steps, for few long rows and for columns: partial sums over `sums`, the factors of each k, the
-  // result over `pieces`.
+  // The same in three steps, for few long rows and for columns: partial sums of the pieces, the factors of each k,
+  // the result of the pieces.
   void (*sum)(const WeightNormArgs&, int64_t begin, int64_t end);
   void (*factor)(const WeightNormArgs&, int64_t row_begin, int64_t row_end);
   void (*apply)(const WeightNormArgs&, int64_t begin, int64_t end);

@@ -14,9 +14,10 @@ from ._activation import compute
 def weight_norm(v: Tensor, g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """v of any shape; g broadcast against it; the norm over `dims`. Returns w in the dtype of v, and the norm."""
     x = compute(v)
-    # In units of the largest element no square leaves the range; whatever the unit, n is the same function of v.
-    unit = x.detach().abs().amax(dims, keepdim=True) if x.numel() else x.new_ones(()).expand_as(x.sum(dims, True))
-    unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1)
+    # In units of (the power of two near) the largest element no square leaves the range, and n is the same function of v.
+    largest = x.detach().abs().amax(dims, keepdim=True) if x.numel() else torch.zeros_like(x.sum(dims, True))
+    exponent = torch.where((largest > 0) & torch.isfinite(largest), torch.frexp(largest)[1] - 1, 0)
+    unit = torch.exp2(exponent.to(x.dtype))
     u = x / unit
     squares = u.square().sum(dims, keepdim=True)
     zero = squares == 0  # a row of zeros has no direction: its weight and its gradients are 0
