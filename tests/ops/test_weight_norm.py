@@ -6,6 +6,7 @@ The formulas below are written down here a second time on purpose: what they are
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -79,6 +80,10 @@ CASES = [
 ]
 
 
+def v_size(case: Case) -> int:
+    return math.prod(case.shape)
+
+
 def g_shape(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
     if dim is None or dim == -1:
         return ()
@@ -124,9 +129,9 @@ def check(call: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: t
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """Every case and dtype against float64 and against eager PyTorch."""
-    if backend == "triton" and device.type == "cpu" and dtype in (torch.float64, torch.float16):
-        pytest.skip("by design: in the slow interpreter float32 and bfloat16 stand for all dtypes")
-    for seed in range(1 if backend == "triton" and device.type == "cpu" else 3):
+    if backend == "triton" and device.type == "cpu" and (dtype != torch.float32 or v_size(case) > 1000):
+        pytest.skip("by design: in the slow interpreter small cases in float32 stand for all")
+    for seed in range(3 if dtype == torch.bfloat16 and backend != "triton" else 1):
         check(dk.weight_norm, case, dtype, device, seed)
 
 
@@ -168,6 +173,8 @@ def test_minus_one_is_the_whole_tensor(backend: str, device: torch.device) -> No
 
 @pytest.mark.parametrize("shape, dim", [((6, 4, 3, 5), 0), ((6, 4, 3, 5), 1), ((6, 4, 3, 5), 3), ((5, 7), 1)])
 def test_layouts(shape: tuple[int, ...], dim: int, backend: str, device: torch.device) -> None:
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("by design: what is above the launchers is the same on every backend")
     v, g, dw = tensors(Case(shape, dim), torch.float32, device, 1)
     exact = everything(plain, v.double(), g.double(), dw.double(), dim)
     for name, changed in layouts(v):
@@ -225,8 +232,9 @@ def test_squares_beyond_float32(scale: float, dim: int | None, backend: str, dev
     exact = plain(v.double(), g.double(), dim)
     assert_within_budget(dk.weight_norm(v, g, dim), exact)
     if 1e-38 < scale:
-        w, dv, dg = everything(dk.weight_norm, v, g, torch.ones(40, 5), dim)
-        exact_all = everything(plain, v.double(), g.double(), torch.ones(40, 5).double(), dim)
+        dw = v.sign()  # dg adds up what does not cancel
+        w, dv, dg = everything(dk.weight_norm, v, g, dw, dim)
+        exact_all = everything(plain, v.double(), g.double(), dw.double(), dim)
         for a, e in zip((w, dg), exact_all[::2], strict=True):
             assert_within_budget(a, e)
         assert (dv.double() - exact_all[1]).abs().max() <= 1e-6 * exact_all[1].abs().max()
@@ -273,7 +281,7 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...], dim: int, device: t
     v, g, dw = tensors(Case(shape, dim), torch.float32, device, 0)
     one = everything(dk.weight_norm, v, g, dw, dim)
     exact = everything(plain, v.double(), g.double(), dw.double(), dim)
-    for count in (1, 2, 3, 7):
+    for count in (2, 3):
         with num_threads(count), poisoned_empty():
             for a, e in zip(everything(dk.weight_norm, v, g, dw, dim), one, strict=True):
                 assert_bitwise(a, e, f"{count} threads")
