@@ -119,7 +119,8 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
             "BACKWARD": backward, "STAGE": stage, "BLOCK_A": p.block_a, "BLOCK_K": p.block_k, "BLOCK_B": p.block_b,
             "BLOCK_S": max(2, 256 // p.block_k), "ACC": tl.float32,
         }  # fmt: skip
-        cases[f"weight norm {name}"] = (weight_norm._weight_norm_kernel, types, constants, p.num_warps, dict.fromkeys(wide, 1))
+        width = dict.fromkeys(wide, 1)
+        cases[f"weight norm {name}"] = (weight_norm._weight_norm_kernel, types, constants, p.num_warps, width)
 
     norm("forward float32 512x4608", "float32", (1, 512, 4608), False)
     norm("forward bfloat16 256x16384", "bfloat16", (1, 256, 16384), False)
@@ -132,7 +133,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     norm("apply bfloat16 columns 8192x512", "bfloat16", (8192, 512, 1), False, weight_norm.APPLY, ())
 
     for dtype in ("float32", "bfloat16"):
-        depth_types = {name: POINTERS[dtype] for name in ("x_ptr", "f_ptr", "r_ptr", "y_ptr")}
+        depth_types = dict.fromkeys(("x_ptr", "f_ptr", "r_ptr", "y_ptr"), POINTERS[dtype])
         depth_types |= {"vectors": "i32", "blocks": "i32"}
         depth = {"VECTOR": 8, "HAS_RESIDUAL": True, "BLOCK": stochastic_depth.BLOCK, "ACC": tl.float32}
         kernel = stochastic_depth._stochastic_depth_kernel

@@ -36,13 +36,12 @@ struct StochasticDepthNode : torch::autograd::Function<StochasticDepthNode> {
       const at::Tensor rows = in_place ? g : last ? g.movedim(1, -1).contiguous().movedim(-1, 1) : g.contiguous();
       return {stochastic_depth_forward(rows, noise, {}), dresidual, {}};
     }
-    static const auto fwd =
-        op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
-            "dlkernels::stochastic_depth_fwd");
+    static const auto fwd = op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
+        "dlkernels::stochastic_depth_fwd");
     const at::Tensor order = last ? g.movedim(1, -1) : g;
-    const at::Tensor dx = fwd.call(order.reshape({noise.numel(), g.numel() / std::max<int64_t>(1, noise.numel())}),
-                                   noise, std::nullopt)
-                              .reshape(order.sizes());
+    const at::Tensor dx =
+        fwd.call(order.reshape({noise.numel(), g.numel() / std::max<int64_t>(1, noise.numel())}), noise, std::nullopt)
+            .reshape(order.sizes());
     return {last ? dx.movedim(-1, 1) : dx, dresidual, {}};
   }
 };
@@ -60,8 +59,7 @@ py::object stochastic_depth(py::handle input_object, py::handle p_object, py::ha
   at::Tensor residual, noise;
   if (!residual_object.is_none()) {
     residual = tensor_or_undefined(residual_object.ptr());
-    if (!plain_floating(residual) || residual.scalar_type() != input.scalar_type() ||
-        residual.sizes() != input.sizes())
+    if (!plain_floating(residual) || residual.scalar_type() != input.scalar_type() || residual.sizes() != input.sizes())
       return none();
   }
   if (!noise_object.is_none()) {
@@ -79,16 +77,13 @@ py::object stochastic_depth(py::handle input_object, py::handle p_object, py::ha
       noise = at::empty({rows}, input.options()).bernoulli_(1.0 - *p);
       if (*p < 1.0) noise.div_(1.0 - *p);
     }
-    if (wants_grad(input) || wants_grad(residual))
-      return StochasticDepthNode::apply(input, optional(residual), noise);
+    if (wants_grad(input) || wants_grad(residual)) return StochasticDepthNode::apply(input, optional(residual), noise);
     return stochastic_depth_forward(input, noise, residual);
   });
 }
 
 }  // namespace
 
-void bind_stochastic_depth(py::module_& m) {
-  m.def("stochastic_depth", torch::wrap_pybind_function(stochastic_depth));
-}
+void bind_stochastic_depth(py::module_& m) { m.def("stochastic_depth", torch::wrap_pybind_function(stochastic_depth)); }
 
 }  // namespace dlkernels

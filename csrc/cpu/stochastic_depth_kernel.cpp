@@ -58,9 +58,8 @@ void forward_typed(const StochasticDepthArgs& a, int64_t begin, int64_t end) {
   T* y = static_cast<T*>(a.out);
   while (begin < end) {
     const int64_t row = begin / a.count, stop = (row + 1) * a.count < end ? (row + 1) * a.count : end;
-    const double f = with_float(a.noise_dtype, [&](auto t) -> double {
-      return to_float(static_cast<const decltype(t)*>(a.noise)[row]);
-    });
+    const double f = with_float(
+        a.noise_dtype, [&](auto t) -> double { return to_float(static_cast<const decltype(t)*>(a.noise)[row]); });
     const int64_t n = stop - begin;
     if (f == 0)
       r ? run<T, Part::kResidual>(x + begin, r + begin, y + begin, n, f, a.stream)

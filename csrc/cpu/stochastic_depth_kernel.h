@@ -17,8 +17,6 @@ struct StochasticDepthArgs {
   bool stream;  // write out past the caches
 };
 
-
-
 struct StochasticDepthKernels {
   // Elements [begin, end) of the whole, in memory order.
   void (*forward)(const StochasticDepthArgs&, int64_t begin, int64_t end);

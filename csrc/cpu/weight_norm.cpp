@@ -33,8 +33,7 @@ void run(WeightNormArgs& a) {
   const int64_t threads = at::get_num_threads();
   const bool few = a.plan.segments > 1 && threads > 1 && a.rows < 2 * threads;
   if (!a.plan.columns && !few) {
-    at::parallel_for(0, a.rows, share(a, a.rows),
-                     [&](int64_t begin, int64_t end) { kernels().rows(a, begin, end); });
+    at::parallel_for(0, a.rows, share(a, a.rows), [&](int64_t begin, int64_t end) { kernels().rows(a, begin, end); });
     return;
   }
   const int64_t width = a.plan.columns ? a.rows * a.inner : 0;

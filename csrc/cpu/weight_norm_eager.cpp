@@ -60,11 +60,9 @@ struct WeightNormNode : torch::autograd::Function<WeightNormNode> {
       auto [dv, dg] = weight_norm_backward(grads[0], v, g, norm, view);
       return {dv, dg, {}, {}};
     }
-    static const auto bwd = op<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                                  const at::Tensor&, const at::Tensor&)>(
-        "dlkernels::weight_norm_bwd");
-    auto [dv, dg] =
-        bwd.call(rows_of(grads[0], last, view), rows_of(v, last, view), g.reshape({view.rows}), norm);
+    static const auto bwd = op<std::tuple<at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>("dlkernels::weight_norm_bwd");
+    auto [dv, dg] = bwd.call(rows_of(grads[0], last, view), rows_of(v, last, view), g.reshape({view.rows}), norm);
     return {from_rows(dv, last, v), dg.reshape(g.sizes()), {}, {}};
   }
 };
@@ -76,10 +74,8 @@ py::object weight_norm(py::handle v_object, py::handle g_object, py::handle dim_
   if (!dim_object.is_none()) {
     dim = integer(dim_object.ptr());
     if (!dim || *dim < -v.dim() || *dim >= v.dim()) return none();
-    if (*dim == -1)
-      dim.reset();  // the whole tensor, as in torch
-    else if (*dim < 0)
-      *dim += v.dim();
+    if (*dim == -1) dim.reset();  // the whole tensor, as in torch
+    else if (*dim < 0) *dim += v.dim();
   }
   const bool half = v.scalar_type() == at::kHalf || v.scalar_type() == at::kBFloat16;
   if (g.scalar_type() != v.scalar_type() && !(half && g.scalar_type() == at::kFloat)) return none();

@@ -7,11 +7,14 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-static double read(Float type, const void* p, int64_t i) {
+// Once per row: kept out of the loops, which would otherwise be compiled again and again around them.
+#define DL_ONCE __attribute__((noinline))
+
+DL_ONCE static double read(Float type, const void* p, int64_t i) {
   return with_float(type, [&](auto t) -> double { return to_float(static_cast<const decltype(t)*>(p)[i]); });
 }
 
-static void write(Float type, void* p, int64_t i, double value) {
+DL_ONCE static void write(Float type, void* p, int64_t i, double value) {
   with_float(type, [&](auto t) {
     using T = decltype(t);
     static_cast<T*>(p)[i] = from_float<T>(static_cast<typename Lanes<T>::scalar>(value));
@@ -46,10 +49,8 @@ DL_INLINE void combine(T* out, const T* x, const T* y, int64_t n, double a, doub
     for (int64_t j = i; j < i + kLine; j += kWidth) {
       V r = load(x + j) * va;
       if constexpr (kBackward) r -= load(y + j) * vb;
-      if constexpr (kStream)
-        stream(out + j, r);
-      else
-        store(out + j, r);
+      if constexpr (kStream) stream(out + j, r);
+      else store(out + j, r);
     }
   }
   for (; i < n; i += kWidth) {
@@ -107,7 +108,7 @@ struct Problem {
   }
 
   // From the sum over row k (of v^2, or of dw v) to what the row is multiplied by; writes norm or dg.
-  Row row(int64_t k, double total) const {
+  DL_ONCE Row row(int64_t k, double total) const {
     A* norm = static_cast<A*>(args.norm);
     const double g = read(args.g_dtype, args.g, k);
     double n = backward() ? static_cast<double>(norm[k]) : std::sqrt(total);
@@ -126,15 +127,13 @@ struct Problem {
       kind = kExact;
     }
     const WeightNormFactors f = backward() ? weight_norm_backward(n, g, total) : weight_norm_forward(n, g);
-    if (backward())
-      write(args.g_dtype, args.dg, k, f.dg);
-    else
-      norm[k] = static_cast<A>(n);
+    if (backward()) write(args.g_dtype, args.dg, k, f.dg);
+    else norm[k] = static_cast<A>(n);
     return {f.a, f.b, n == 0 ? kZero : kind};
   }
 
   // Rows out of the ordinary, one element after another.
-  void slowly(int64_t at, int64_t n, const Row& r) const {
+  DL_ONCE void slowly(int64_t at, int64_t n, const Row& r) const {
     for (int64_t i = at; i < at + n; ++i) {
       const double e = to_float(v[i]), y = to_float(x[i]) * r.a - (backward() ? e * r.b : 0);
       out[i] = from_float<T>(r.kind == kZero ? 0 : static_cast<A>(y));
@@ -142,15 +141,14 @@ struct Problem {
   }
 
   template <bool kBackward>
-  DL_INLINE void apply(int64_t k, int64_t segment, const Row& r, bool more) const {
+  DL_ONCE void apply(int64_t k, int64_t segment, const Row& r, bool more) const {
     pieces(k, segment, [&](int64_t at, int64_t n) {
       if (r.kind != kUsual) return slowly(at, n, r);
       const T* next = more ? x + at + args.inner : nullptr;
       const T* next_v = kBackward && more ? v + at + args.inner : next;
       if (kBackward && args.stream && aligned(out + at))
         combine<T, kBackward, kBackward>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
-      else
-        combine<T, kBackward, false>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
+      else combine<T, kBackward, false>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
     });
   }
 
@@ -226,10 +224,8 @@ struct Problem {
       for (; c + kWidth <= width; c += kWidth) {
         V r = load(px + c) * load(fa + c);
         if constexpr (kBackward) r -= load(pv + c) * load(fb + c);
-        if (past_caches)
-          stream(to + c, r);
-        else
-          store(to + c, r);
+        if (past_caches) stream(to + c, r);
+        else store(to + c, r);
       }
       if (c < width) {
         V r = load_part(px + c, width - c, 0) * load_part(fa + c, width - c, 0);
@@ -257,10 +253,8 @@ static void sum_step(const WeightNormArgs& a, int64_t begin, int64_t end) {
   with_float(a.dtype, [&](auto t) {
     const Problem<decltype(t)> p(a);
     for (int64_t i = begin; i < end; ++i) {
-      if (p.plan.columns)
-        p.column_sum(i);
-      else
-        static_cast<double*>(a.partial)[i] = p.segment_sum(i / p.plan.segments, i % p.plan.segments);
+      if (p.plan.columns) p.column_sum(i);
+      else static_cast<double*>(a.partial)[i] = p.segment_sum(i / p.plan.segments, i % p.plan.segments);
     }
   });
 }

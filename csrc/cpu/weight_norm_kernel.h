@@ -17,10 +17,10 @@ constexpr int64_t kWeightNormShortChunk = 64;  // chunks shorter than this go by
 // How [A, K, B] is cut up: by its shape alone.
 struct WeightNormPlan {
   bool columns;
-  int64_t segments;             // per row, or of the columns
-  int64_t parts, chunks;        // rows: parts of a chunk, chunks of a segment (one of the two is 1)
-  int64_t height;               // columns: chunks per segment
-  int64_t pieces, slots;        // items of the steps `sum` and `apply`; numbers in `partial`
+  int64_t segments;       // per row, or of the columns
+  int64_t parts, chunks;  // rows: parts of a chunk, chunks of a segment (one of the two is 1)
+  int64_t height;         // columns: chunks per segment
+  int64_t pieces, slots;  // items of the steps `sum` and `apply`; numbers in `partial`
 };
 
 // Internal linkage: compiled into files of several instruction sets.

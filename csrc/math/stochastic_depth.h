@@ -1,4 +1,5 @@
-// Stochastic depth: y = residual + f x, f one factor per row. Huang et al., "Deep Networks with Stochastic Depth", eq. 2.
+// Stochastic depth: y = residual + f x, f one factor per row. Huang et al., "Deep Networks with Stochastic Depth",
+// eq. 2.
 #pragma once
 
 namespace dlkernels {

@@ -42,8 +42,8 @@ def stochastic_depth_rates(p: float, depth: int, schedule: str = "linspace") -> 
         p: the rate that the schedule leads to, in [0, 1].
         depth: number of branches, L.
         schedule: "linspace" from 0 to p, both included (timm, T2T-ViT); "huang" p l / L with l = 1 ... L, the linear
-            rule of Huang et al., 2016; "efficientnet" p l / L with l = 0 ... L - 1, which never reaches p (EfficientNet,
-            noisy student).
+            rule of Huang et al., 2016; "efficientnet" p l / L with l = 0 ... L - 1, which never reaches p
+            (EfficientNet, noisy student).
 
     Returns:
         A list of L numbers.
@@ -56,4 +56,4 @@ def stochastic_depth_rates(p: float, depth: int, schedule: str = "linspace") -> 
     if _checks.integer("depth", depth) < 0:
         raise ValueError(f"`depth` must be a number of branches >= 0, got {depth}")
     first, over = ((0, max(depth - 1, 1)), (1, depth), (0, depth))[code]
-    return [p * (l + first) / over for l in range(depth)]
+    return [p * (index + first) / over for index in range(depth)]

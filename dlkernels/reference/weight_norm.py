@@ -14,7 +14,7 @@ from ._activation import compute
 def weight_norm(v: Tensor, g: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """v of any shape; g broadcast against it; the norm over `dims`. Returns w in the dtype of v, and the norm."""
     x = compute(v)
-    # In units of (the power of two near) the largest element no square leaves the range, and n is the same function of v.
+    # In units near the largest element no square leaves the range; n is the same function of v in any unit.
     largest = x.detach().abs().amax(dims, keepdim=True) if x.numel() else torch.zeros_like(x.sum(dims, True))
     exponent = torch.where((largest > 0) & torch.isfinite(largest), torch.frexp(largest)[1] - 1, 0)
     unit = torch.exp2(exponent.to(x.dtype))

@@ -1,5 +1,5 @@
-"""Weight normalisation on GPUs. One tile form serves rows, columns and what lies between: v is [A, K, B], one norm per k,
-and a tile takes BLOCK_K of them.
+"""Weight normalisation on GPUs. One tile form serves rows, columns and what lies between: v is [A, K, B], one norm per
+k, and a tile takes BLOCK_K of them.
 
 A tile that holds all of A and B is read once. Longer rows are cut into segments: their sums first, then the result.
 """

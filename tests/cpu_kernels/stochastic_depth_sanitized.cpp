@@ -1,6 +1,7 @@
-// The stochastic-depth loops on exactly sized heap arrays, under AddressSanitizer and UndefinedBehaviorSanitizer: ragged
-// sizes and offsets, every dtype, with and without a residual, past the caches or not, compared with double-precision
-// loops. What is dropped is NaN and must not show. Built and run by test_sanitized.py; "ok" means that all held.
+// The stochastic-depth loops on exactly sized heap arrays, under AddressSanitizer and UndefinedBehaviorSanitizer:
+// ragged sizes and offsets, every dtype, with and without a residual, past the caches or not, compared with
+// double-precision loops. What is dropped is NaN and must not show. Built and run by test_sanitized.py; "ok" means that
+// all held.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -65,7 +65,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(shape, 0) for shape in ((1, 1), (1, 7), (5, 1), (3, 5), (7, 16), (4, 33), (130, 9), (3, 4099), (6, 4, 3, 3))),
+    *(
+        Case(shape, 0)
+        for shape in ((1, 1), (1, 7), (5, 1), (3, 5), (7, 16), (4, 33), (130, 9), (3, 4099), (6, 4, 3, 2))
+    ),
     *(Case(shape, None) for shape in ((3, 5), (7,), (2, 3, 4), (1, 1), (5, 4099))),
     *(Case(shape, 1) for shape in ((3, 5), (1, 4), (130, 17), (67, 64), (33, 1), (300, 129), (4, 3, 5), (5, 4, 3, 3))),
     *(Case(shape, 2) for shape in ((3, 4, 5), (4, 3, 2, 3), (2, 3, 70), (2, 40, 3, 5))),
@@ -231,7 +234,7 @@ def test_squares_beyond_float32(scale: float, dim: int | None, backend: str, dev
     g = torch.randn(g_shape((40, 5), dim))
     exact = plain(v.double(), g.double(), dim)
     assert_within_budget(dk.weight_norm(v, g, dim), exact)
-    if 1e-38 < scale:
+    if scale > 1e-38:
         dw = v.sign()  # dg adds up what does not cancel
         w, dv, dg = everything(dk.weight_norm, v, g, dw, dim)
         exact_all = everything(plain, v.double(), g.double(), dw.double(), dim)
@@ -314,9 +317,9 @@ REJECTED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 def test_rejects(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     """One line that says what was expected and what came; nothing is written."""
     v, g, dim = make()
-    with unmodified(*(t for t in (v, g) if isinstance(t, Tensor) and t.device.type == "cpu")):
-        with pytest.raises(error, match=message) as caught:
-            dk.weight_norm(v, g, dim)
+    given = [t for t in (v, g) if isinstance(t, Tensor) and t.device.type == "cpu"]
+    with unmodified(*given), pytest.raises(error, match=message) as caught:
+        dk.weight_norm(v, g, dim)
     assert "\n" not in str(caught.value)
 
 
@@ -447,7 +450,7 @@ def test_copies_and_pickles() -> None:
 
 def test_the_weight_is_kept_while_gradients_are_off() -> None:
     layer = randomised(weight_norm(nn.Linear(3, 4))).eval()
-    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    _g, _v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
     assert layer.weight is not layer.weight and layer.weight.requires_grad
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -595,9 +598,7 @@ class _Broken(torch.autograd.Function):
         return dv, dg.reshape(g.shape) if dg.shape == g.shape else dg.sum_to_size(g.shape), None, None
 
 
-FLAWS = (
-    *("wrong dim", "eps in the root", "sign of g", "dg without 1/n", "dv not orthogonal", "gradient of one row"),
-)
+FLAWS = (*("wrong dim", "eps in the root", "sign of g", "dg without 1/n", "dv not orthogonal", "gradient of one row"),)
 
 
 @pytest.mark.parametrize("flaw", FLAWS)

@@ -135,7 +135,7 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 
 def test_strided_arguments() -> None:
-    v, g, dw = tensors((4, 5, 6), torch.float32)
+    v, g, _dw = tensors((4, 5, 6), torch.float32)
     expected = weight_norm.weight_norm_fwd(v, g)
     given = v.transpose(0, 1).contiguous().transpose(0, 1), g.repeat_interleave(2)[::2]
     for a, b in zip(weight_norm.weight_norm_fwd(*given), expected, strict=True):

@@ -25,7 +25,8 @@ class _WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         if not _may_keep(g, v):
-            self._kept = None
+            if self._kept is not None and not is_compiling():
+                self._kept = None
             return _weight_norm(v, g, self.dim)
         key = _state(g), _state(v), _backend.state.forced
         kept = self._kept
@@ -79,16 +80,16 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
     Returns:
         The module. Its parameters are `parametrizations.{name}.original0` (g) and `.original1` (v), as torch's: a
-        state_dict loads either way, and that of the old `torch.nn.utils.weight_norm` (`{name}_g`, `{name}_v`) too.
+        state_dict loads either way, and one of the old `torch.nn.utils.weight_norm` (`{name}_g`, `{name}_v`) too.
         `torch.nn.utils.parametrize.remove_parametrizations` folds w back into one parameter.
 
     Raises:
         ValueError: the module has no such parameter.
 
     Note:
-        With gradients off (`torch.no_grad()`, `torch.inference_mode()`) w is computed once and kept until g or v change.
-        A change through `.data`, which autograd does not see, is not seen here either; `train()` and `eval()` forget
-        what is kept.
+        With gradients off (`torch.no_grad()`, `torch.inference_mode()`) w is computed once and kept until g or v
+        change. A change through `.data`, which autograd does not see, is not seen here either; `train()` and `eval()`
+        forget what is kept.
 
     Reference:
         Salimans and Kingma, "Weight Normalization", NeurIPS 2016, eq. 2.
