@@ -11,6 +11,8 @@
 #include "cpu/focal_loss_eager.h"
 #include "cpu/group_norm_eager.h"
 #include "cpu/squeeze_excite_eager.h"
+#include "cpu/stochastic_depth_eager.h"
+#include "cpu/weight_norm_eager.h"
 
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
@@ -60,4 +62,6 @@ PYBIND11_MODULE(_C, m) {
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_group_norm(m);
   dlkernels::bind_squeeze_excite(m);
+  dlkernels::bind_stochastic_depth(m);
+  dlkernels::bind_weight_norm(m);
 }

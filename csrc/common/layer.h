@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "host.h"
+
 namespace dlkernels {
 
 struct Rows {
@@ -15,24 +17,12 @@ struct Rows {
   bool dense = false;  // false: in neither order, so that a copy is needed
 };
 
-// The channels innermost, everything else as if contiguous.
-inline bool is_channels_last(const at::Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t i = x.dim(); i-- > 1;) {
-    const int64_t d = i == x.dim() - 1 ? 1 : i + 1;  // channels, then the positions from the last to the first
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
-}
-
 // x (N, C, d1, ...), of at least two dimensions.
 inline Rows rows_of(const at::Tensor& x) {
   Rows rows{x.size(0), x.size(1)};
   for (int64_t d = 2; d < x.dim(); ++d) rows.s *= x.size(d);
-  const bool contiguous = x.is_contiguous();
-  rows.channels_last = x.dim() > 2 && !contiguous;
-  rows.dense = contiguous || (x.dim() > 2 && is_channels_last(x));
+  rows.channels_last = channels_last(x);
+  rows.dense = rows.channels_last || x.is_contiguous();
   return rows;
 }
 
@@ -54,12 +44,6 @@ inline at::Tensor from_rows(const at::Tensor& y, const at::Tensor& like, const R
   sizes.erase(sizes.begin() + 1);
   sizes.push_back(rows.c);
   return y.reshape(sizes).movedim(-1, 1);
-}
-
-// `x` in the very strides of `like`: itself, or a copy.
-inline at::Tensor in_layout_of(const at::Tensor& x, const at::Tensor& like) {
-  if (x.strides() == like.strides() || x.numel() == 0) return x;
-  return at::empty_like(like, like.options().dtype(x.scalar_type())).copy_(x);
 }
 
 // A parameter of a layer: its shape, and the dtype of the input or float32 beside half precision; contiguous.

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "float_kind.h"
 #include "simd.h"
 
 namespace dlkernels {

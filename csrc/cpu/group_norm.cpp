@@ -17,12 +17,12 @@ const GroupNormKernels& kernels() {
 }
 
 Parameter parameter(const at::Tensor& x) {
-  return x.defined() ? Parameter{x.const_data_ptr(), float_kind(x)} : Parameter{};
+  return x.defined() ? Parameter{x.const_data_ptr(), float_kind("parameter", x)} : Parameter{};
 }
 
 GroupNormArgs arguments(const GroupNormTensors& t, const Rows& rows, const GroupNormOptions& o) {
   GroupNormArgs a{};
-  a.dtype = float_kind(t.x);
+  a.dtype = float_kind("input", t.x);
   a.n = rows.n, a.c = rows.c, a.s = rows.s, a.groups = o.groups;
   a.channels_last = rows.channels_last || rows.s == 1;  // one position: the same memory, and channels fill the vectors
   a.eps = o.eps;
@@ -64,7 +64,7 @@ GroupNormResult group_norm_forward(const GroupNormTensors& t, const Rows& rows, 
 GroupNormGrads group_norm_backward(const at::Tensor& grad_output, const GroupNormTensors& t, const at::Tensor& mean,
                                    const at::Tensor& rstd, const Rows& rows, const GroupNormOptions& o) {
   GroupNormArgs a = arguments(t, rows, o);
-  const at::Tensor dy = in_layout_of(grad_output, t.x);
+  const at::Tensor dy = in_layout_of(t.x, grad_output);
   const bool writes_residual = t.residual.defined() && o.activation != 0;
   const GroupNormGrads out{at::empty_like(t.x),         empty_or_undefined(t.weight),
                            empty_or_undefined(t.bias),  writes_residual ? at::empty_like(t.x) : at::Tensor(),

@@ -30,7 +30,7 @@ struct Weights {
 SqueezeExciteArgs arguments(const SqueezeExciteTensors& t, const Weights& w, const Rows& rows,
                             const SqueezeExciteOptions& o) {
   SqueezeExciteArgs a{};
-  a.dtype = float_kind(t.x);
+  a.dtype = float_kind("x", t.x);
   a.n = rows.n, a.c = rows.c, a.s = rows.s, a.r = t.w1.defined() ? t.w1.size(0) : 0;
   a.channels_last = rows.channels_last || rows.s == 1;  // one position: the same memory, and channels fill the vectors
   a.activation = static_cast<int>(o.activation);
@@ -62,10 +62,12 @@ void for_items(const SqueezeExciteArgs& a, F loop) {
 // sum_n u[n] v[n]^T of the last dimensions, or sum_n u[n] without v.
 void outer_sum(const at::Tensor& u, const at::Tensor& v, const at::Tensor& out) {
   if (!out.defined()) return;
-  const OuterSum sum{u.const_data_ptr(),          data_or_null(v),        u.size(0),      u.size(1),
-                     v.defined() ? v.size(1) : 1, out.mutable_data_ptr(), float_kind(out)};
-  at::parallel_for(0, sum.outputs, grain(sum.n * sum.inputs),
-                   [&](int64_t begin, int64_t end) { kernels().outer_sum(float_kind(u), sum, begin, end); });
+  const OuterSum sum{
+      u.const_data_ptr(),     data_or_null(v),          u.size(0), u.size(1), v.defined() ? v.size(1) : 1,
+      out.mutable_data_ptr(), float_kind("weight", out)};
+  at::parallel_for(0, sum.outputs, grain(sum.n * sum.inputs), [&](int64_t begin, int64_t end) {
+    kernels().outer_sum(float_kind("gradient", u), sum, begin, end);
+  });
 }
 
 }  // namespace
@@ -88,7 +90,7 @@ SqueezeExciteGrads squeeze_excite_backward(const at::Tensor& grad_output, const 
                                            const SqueezeExciteOptions& o) {
   const Weights weights(t);
   SqueezeExciteArgs a = arguments(t, weights, rows, o);
-  const at::Tensor dy = in_layout_of(grad_output, t.x);
+  const at::Tensor dy = in_layout_of(t.x, grad_output);
   const bool writes_residual = t.residual.defined() && o.residual_activation != 0;
   const SqueezeExciteGrads out{at::empty_like(t.x),      empty_or_undefined(t.w1),
                                empty_or_undefined(t.b1), empty_or_undefined(t.w2),
