@@ -8,6 +8,7 @@ import triton.language as tl
 from ._activation import activate
 from ._common import scalar
 from ._group_norm_tiles import (
+    affine_terms,
     before_activation,
     channel_terms,
     over_channels,
@@ -76,16 +77,16 @@ def group_norm_fwd_kernel(
     origin = tl.load(x_ptr + base + offs_g * step_g, mask=mask_g, other=0.0).to(ACC)
     x = tl.where(mask, x - origin, 0.0)
     count = d.to(ACC) * s.to(ACC)
-    mean = over_group(x, LAST) / count
+    mean = over_group(x, BLOCK_G, BLOCK_D, LAST) / count
     x = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(over_group(x * x, LAST) / count + eps)
+    rstd = 1.0 / tl.sqrt(over_group(x * x, BLOCK_G, BLOCK_D, LAST) / count + eps)
     row = pid_n * groups + first_g + offs_g
     tl.store(mean_ptr + row, origin + mean, mask=mask_g)
     tl.store(rstd_ptr + row, rstd, mask=mask_g)
 
     c = (first_g + offs_g) * d + offs_d
     nc = pid_n * groups * d + c
-    _, _, _, mul, add = channel_terms(
+    mul, add = affine_terms(
         w_ptr, b_ptr, scale_ptr, shift_ptr, c, nc, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC
     )
     z = x * (rstd * mul) + add
@@ -166,19 +167,21 @@ def group_norm_bwd_kernel(
         mean = tl.load(mean_ptr + row, mask=mask_g, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=mask_g, other=0.0)
         nc = i * groups * d + c
-        w, b, k, mul, add = channel_terms(
+        mul, add = affine_terms(
             w_ptr, b_ptr, scale_ptr, shift_ptr, c, nc, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, ACC
         )
         x_hat = (x - mean) * rstd
         dz = before_activation(dy, x_hat, mul, add, r_ptr + base + offs, mask, ACT, HAS_RESIDUAL, ACC)
         if HAS_RESIDUAL:
             tl.store(dr_ptr + base + offs, dz.to(dr_ptr.dtype.element_ty), mask=mask)
-        u = over_positions(dz * x_hat, LAST)
-        v = over_positions(dz, LAST)
-        along = over_channels(mul * u, LAST) / count
-        level = over_channels(mul * v, LAST) / count
+        u = over_positions(dz * x_hat, BLOCK_G, BLOCK_D, LAST)
+        v = over_positions(dz, BLOCK_G, BLOCK_D, LAST)
+        along = over_channels(mul * u, BLOCK_G, BLOCK_D, LAST) / count
+        level = over_channels(mul * v, BLOCK_G, BLOCK_D, LAST) / count
         dx = rstd * (mul * dz - level - x_hat * along)
         tl.store(dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        # Read again, from L1, rather than kept in registers beside x and dy.
+        w, b, k = channel_terms(w_ptr, b_ptr, scale_ptr, c, nc, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, ACC)
         if HAS_SCALE:
             tl.store(dscale_ptr + nc, (w * u + b * v).to(dscale_ptr.dtype.element_ty), mask=mask_c)
         if HAS_SHIFT:

@@ -13,6 +13,7 @@ from ._activation import activate
 from ._common import scalar
 from ._group_norm_tiles import (
     MAX_CHUNKS,
+    affine_terms,
     before_activation,
     channel_terms,
     over_group,
@@ -84,17 +85,44 @@ def stats_kernel(
         x = tl.load(x_ptr + start + offs, mask=mask, other=0.0, eviction_policy="evict_last").to(ACC)
         x = tl.where(mask, x - origin, 0.0)
         here = (tl.minimum(d - first_d, BLOCK_D) * tl.minimum(s - first_s, BLOCK_S)).to(ACC)
-        tile_mean = over_group(x, LAST) / here
+        tile_mean = over_group(x, BLOCK_G, BLOCK_D, LAST) / here
         x = tl.where(mask, x - tile_mean, 0.0)
         share = here / (count + here)
         away = tile_mean - mean
-        m2 += over_group(x * x, LAST) + away * away * (count * share)
+        m2 += over_group(x * x, BLOCK_G, BLOCK_D, LAST) + away * away * (count * share)
         mean += away * share
         count += here
     out = (pid_n * chunks + chunk) * groups + first_g + offs_g
     tl.store(partial_ptr + out, count, mask=mask_g)
     tl.store(partial_ptr + plane + out, mean, mask=mask_g)
     tl.store(partial_ptr + 2 * plane + out, m2, mask=mask_g)
+
+
+@triton.jit
+def merged_chunks(partial_ptr, plane, first, chunks, groups, first_g, BLOCK_G: tl.constexpr, LAST: tl.constexpr):
+    """Mean (relative to x_0) and M2 of whole groups, from those of their chunks; shaped as the tile's groups."""
+    if BLOCK_G == 1:
+        offs_g = tl.full([], 0, tl.int32)
+        offs_k = tl.arange(0, CHUNKS)
+    else:
+        offs_g = tl.arange(0, BLOCK_G)[:, None]
+        offs_k = tl.arange(0, CHUNKS)[None, :]
+    mask = (offs_g < groups - first_g) & (offs_k < chunks)
+    part = (first + offs_k) * groups + first_g + offs_g
+    counts = tl.load(partial_ptr + part, mask=mask, other=0.0)
+    means = tl.load(partial_ptr + plane + part, mask=mask, other=0.0)
+    m2 = tl.load(partial_ptr + 2 * plane + part, mask=mask, other=0.0)
+    AXIS: tl.constexpr = 0 if BLOCK_G == 1 else 1
+    mean = tl.sum(counts * means, AXIS) / tl.maximum(tl.sum(counts, AXIS), 1.0)
+    away = means - (mean if BLOCK_G == 1 else mean[:, None])
+    m2 = tl.sum(m2 + counts * away * away, AXIS)
+    if BLOCK_G > 1 and LAST:
+        mean = mean[None, :, None]
+        m2 = m2[None, :, None]
+    elif BLOCK_G > 1:
+        mean = mean[:, None, None]
+        m2 = m2[:, None, None]
+    return mean, m2
 
 
 @triton.jit(do_not_specialize=[*ORDER, "plane", "eps"])
@@ -158,16 +186,8 @@ def normalise_kernel(
     offs = offs_g * step_g + offs_d * step_d + offs_s * step_s
     origin = tl.load(x_ptr + base + offs_g * step_g, mask=mask_g, other=0.0).to(ACC)
 
-    _, _, offs_k = tile_axes(BLOCK_G, 1, CHUNKS, LAST)
-    mask_k = mask_g & (offs_k < chunks)
-    part = (pid_n * chunks + offs_k) * groups + first_g + offs_g
-    counts = tl.load(partial_ptr + part, mask=mask_k, other=0.0)
-    means = tl.load(partial_ptr + plane + part, mask=mask_k, other=0.0)
-    m2 = tl.load(partial_ptr + 2 * plane + part, mask=mask_k, other=0.0)
-    count = d.to(ACC) * s.to(ACC)
-    mean = over_group(counts * means, LAST) / count
-    away = means - mean
-    rstd = 1.0 / tl.sqrt(over_group(m2 + counts * away * away, LAST) / count + eps)
+    mean, m2 = merged_chunks(partial_ptr, plane, pid_n * chunks, chunks, groups, first_g, BLOCK_G, LAST)
+    rstd = 1.0 / tl.sqrt(m2 / (d.to(ACC) * s.to(ACC)) + eps)
     row = pid_n * groups + first_g + offs_g
     tl.store(mean_ptr + row, origin + mean, mask=mask_g & (chunk == 0))
     tl.store(rstd_ptr + row, rstd, mask=mask_g & (chunk == 0))
@@ -180,7 +200,7 @@ def normalise_kernel(
         mask_c = mask_g & (offs_d < d - first_d)
         mask = mask_c & (offs_s < s - first_s)
         c = (first_g + offs_g) * d + first_d + offs_d
-        _, _, _, mul, add = channel_terms(
+        mul, add = affine_terms(
             w_ptr, b_ptr, scale_ptr, shift_ptr, c, pid_n * groups * d + c, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
             HAS_SHIFT, ACC,
         )  # fmt: skip
@@ -262,7 +282,7 @@ def grad_kernel(
     mean = tl.load(mean_ptr + row, mask=mask_g, other=0.0)
     rstd = tl.load(rstd_ptr + row, mask=mask_g, other=0.0)
     c = (first_g + offs_g) * d + first_d + offs_d
-    _, _, _, mul, add = channel_terms(
+    mul, add = affine_terms(
         w_ptr, b_ptr, scale_ptr, shift_ptr, c, pid_n * groups * d + c, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE,
         HAS_SHIFT, ACC,
     )  # fmt: skip
@@ -292,8 +312,8 @@ def grad_kernel(
                 tl.store(dr_ptr + start + offs, dr, mask=mask, eviction_policy="evict_first")
     if SUMS:
         out = (pid_n * chunks + chunk) * groups * d + c
-        tl.store(partial_ptr + out, over_positions(u, LAST), mask=mask_c)
-        tl.store(partial_ptr + plane + out, over_positions(v, LAST), mask=mask_c)
+        tl.store(partial_ptr + out, over_positions(u, BLOCK_G, BLOCK_D, LAST), mask=mask_c)
+        tl.store(partial_ptr + plane + out, over_positions(v, BLOCK_G, BLOCK_D, LAST), mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["groups", "d", "s", "chunks", "first_row"])
@@ -351,11 +371,9 @@ def terms_kernel(
             v += tl.load(partial_ptr + plane + part, mask=mask, other=0.0)
         u = tl.sum(u, 0, keep_dims=True)
         v = tl.sum(v, 0, keep_dims=True)
-        w, b, k, mul, _ = channel_terms(
-            w_ptr, b_ptr, scale_ptr, scale_ptr, c, nc, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, False, ACC
-        )
-        along += tl.where(mask_c, mul * u, 0.0)
-        level += tl.where(mask_c, mul * v, 0.0)
+        w, b, k = channel_terms(w_ptr, b_ptr, scale_ptr, c, nc, mask_c, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, ACC)
+        along += tl.where(mask_c, w * k * u, 0.0)
+        level += tl.where(mask_c, w * k * v, 0.0)
         if HAS_SCALE:
             tl.store(dscale_ptr + nc, (w * u + b * v).to(dscale_ptr.dtype.element_ty), mask=mask_c)
         if HAS_SHIFT:

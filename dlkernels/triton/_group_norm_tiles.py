@@ -7,6 +7,7 @@ positions), so that neighbouring lanes read neighbouring addresses and per-chann
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -14,9 +15,10 @@ import triton.language as tl
 
 from ._activation import activate_grad
 
-# Elements of a tile that stay in registers without spilling, with up to 16 warps (tests/test_triton_aot.py).
-MAX_RESIDENT = 16384
-MAX_RESIDENT_BACKWARD = 8192  # x and dy
+# Elements of a tile that stay in registers without spilling, with up to 16 warps (tests/test_triton_aot.py): half of
+# that where they cannot be read in vectors, since every element has an address of its own, or with a residual.
+MAX_RESIDENT, WARP = 16384, 512
+MAX_RESIDENT_BACKWARD, WARP_BACKWARD = 8192, 256  # x and dy
 TILE, TILE_BACKWARD = 8192, 4096  # where a group is split
 SMALL = 2048  # smaller groups share a program
 MAX_CHUNKS = 128  # pieces of a group whose statistics are merged
@@ -30,18 +32,26 @@ BATCH_BYTES = 32 << 20  # what is read twice, in groups that the L2 of a large G
 
 @triton.jit
 def tile_axes(BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
-    """Group, channel and position of the tile's elements."""
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
+    """Group, channel and position of the tile's elements; scalars where a tile has one group or one channel.
+
+    A scalar has no layout among threads. A tensor of one element has, and to bring it into that of the tile the compiler
+    may spread the whole tile over shared memory.
+    """
+    offs_g = tl.full([], 0, tl.int32)
+    offs_d = tl.full([], 0, tl.int32)
     offs_s = tl.arange(0, BLOCK_S)
     if LAST:
-        offs_g = offs_g[None, :, None]
-        offs_d = offs_d[None, None, :]
         offs_s = offs_s[:, None, None]
+        if BLOCK_G > 1:
+            offs_g = tl.arange(0, BLOCK_G)[None, :, None]
+        if BLOCK_D > 1:
+            offs_d = tl.arange(0, BLOCK_D)[None, None, :]
     else:
-        offs_g = offs_g[:, None, None]
-        offs_d = offs_d[None, :, None]
         offs_s = offs_s[None, None, :]
+        if BLOCK_G > 1:
+            offs_g = tl.arange(0, BLOCK_G)[:, None, None]
+        if BLOCK_D > 1:
+            offs_d = tl.arange(0, BLOCK_D)[None, :, None]
     return offs_g, offs_d, offs_s
 
 
@@ -63,30 +73,45 @@ def tile_strides(groups, d, s, LAST: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def over_positions(t, LAST: tl.constexpr):
-    """Per channel: the sum over positions, the dimension kept."""
+def over_positions(t, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, LAST: tl.constexpr):
+    """Of a tile: the sum over positions, one number per channel."""
     AXIS: tl.constexpr = 0 if LAST else 2
-    return tl.sum(t, AXIS, keep_dims=True)
+    if BLOCK_G * BLOCK_D == 1:
+        total = tl.sum(tl.reshape(t, [t.numel]), 0)
+    else:
+        total = tl.sum(t, AXIS, keep_dims=True)
+    return total
 
 
 @triton.jit
-def over_channels(t, LAST: tl.constexpr):
-    """Of per-channel numbers: the sum over the channels of a group, the dimension kept."""
+def over_channels(t, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, LAST: tl.constexpr):
+    """Of one number per channel: the sum over the channels of a group."""
     AXIS: tl.constexpr = 2 if LAST else 1
-    return tl.sum(t, AXIS, keep_dims=True)
+    if BLOCK_D == 1:
+        total = t
+    elif BLOCK_G == 1:
+        total = tl.sum(tl.reshape(t, [BLOCK_D]), 0)
+    else:
+        total = tl.sum(t, AXIS, keep_dims=True)
+    return total
 
 
 @triton.jit
-def over_group(t, LAST: tl.constexpr):
-    return over_channels(over_positions(t, LAST), LAST)
+def over_group(t, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, LAST: tl.constexpr):
+    """Of a tile: one number per group."""
+    if BLOCK_G == 1:
+        total = tl.sum(tl.reshape(t, [t.numel]), 0)
+    else:
+        total = over_channels(over_positions(t, BLOCK_G, BLOCK_D, LAST), BLOCK_G, BLOCK_D, LAST)
+    return total
 
 
 @triton.jit
 def channel_terms(
-    w_ptr, b_ptr, scale_ptr, shift_ptr, c, nc, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ACC: tl.constexpr,
+    w_ptr, b_ptr, scale_ptr, c, nc, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Weight, bias, 1 + scale of channels c; then A and B of z = A x_hat + B."""
+    """Weight, bias, 1 + scale of channels c."""
     w = tl.full(mask.shape, 1.0, ACC)
     b = tl.zeros(mask.shape, ACC)
     k = tl.full(mask.shape, 1.0, ACC)
@@ -96,10 +121,20 @@ def channel_terms(
         b = tl.load(b_ptr + c, mask=mask, other=0.0).to(ACC)
     if HAS_SCALE:
         k = 1.0 + tl.load(scale_ptr + nc, mask=mask, other=0.0).to(ACC)
+    return w, b, k
+
+
+@triton.jit
+def affine_terms(
+    w_ptr, b_ptr, scale_ptr, shift_ptr, c, nc, mask, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A and B of z = A x_hat + B."""
+    w, b, k = channel_terms(w_ptr, b_ptr, scale_ptr, c, nc, mask, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, ACC)
     add = b * k
     if HAS_SHIFT:
         add += tl.load(shift_ptr + nc, mask=mask, other=0.0).to(ACC)
-    return w, b, k, w * k, add
+    return w * k, add
 
 
 @triton.jit
@@ -195,16 +230,20 @@ def doubled(block_g: int, groups: int, enough: Any) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool, limit: int, tile: int) -> Plan:
+def plan(
+    n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool, limit: int, tile: int, warp: int
+) -> Plan:
     """Resident when a padded group has at most `limit` elements, else tiles of `tile`.
 
     A resident group is never split for want of programs: 16384 elements take one multiprocessor a microsecond or two,
     less than a second launch. Channels last reads at least 32 bytes (split: 128) of neighbouring groups together.
-    `itemsize` counts all that is read twice.
+    `itemsize` counts all that is read twice; `warp` is the number of elements of a warp.
     """
     d = c // groups
     last = channels_last or s == 1  # (N, C, 1) is (N, 1, C)
     block_d, block_s = power(d), power(s)
+    if math.gcd(d if last else s, 8) < 4:
+        limit, warp = limit // 2, warp // 2
     block_g = doubled(1, groups, lambda b: b * d * itemsize >= 32) if last and s > 1 else 1
     resident = block_g * block_d * block_s <= limit
     if resident:
@@ -220,7 +259,7 @@ def plan(n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool
     g_blocks = triton.cdiv(groups, block_g)
     units = n * g_blocks
     return Plan(
-        resident, last, block_g, block_d, block_s, max(1, min(16, size // 512)), g_blocks, units,
+        resident, last, block_g, block_d, block_s, max(1, min(16, size // warp)), g_blocks, units,
         triton.cdiv(d, block_d), triton.cdiv(s, block_s),
         max(1, min(units, BATCH_BYTES // (block_g * d * s * itemsize))),
     )  # fmt: skip

@@ -37,9 +37,7 @@ def group_norm_fwd(
     if x.numel() == 0:
         return y, mean, rstd
     n, c, s = _sizes(x, channels_last)
-    plan = tiles.plan(
-        n, c, num_groups, s, x.element_size(), channels_last, tiles.MAX_RESIDENT, tiles.TILE
-    )  # fmt: skip
+    plan = forward_plan(n, c, num_groups, s, x.element_size(), channels_last)
     eps = number(eps, x.dtype)
     sizes, geometry = _geometry(plan, c, num_groups, s, acc)
     tensors = (x, *(x if t is None else t for t in (weight, bias, residual, scale, shift)))
@@ -87,8 +85,7 @@ def group_norm_bwd(
         dw.zero_(), db.zero_()
         return grads
     n, c, s = _sizes(x, channels_last)
-    reads = (2 if residual is None else 3) * x.element_size()
-    plan = tiles.plan(n, c, num_groups, s, reads, channels_last, tiles.MAX_RESIDENT_BACKWARD, tiles.TILE_BACKWARD)
+    plan = backward_plan(n, c, num_groups, s, x.element_size(), channels_last, residual is not None)
     sizes, geometry = _geometry(plan, c, num_groups, s, acc)
     tensors = (dy, x, mean, rstd, *(x if t is None else t for t in (weight, bias, residual, scale, shift)))
     given = _given(weight, bias, scale, shift)
@@ -121,6 +118,19 @@ def group_norm_bwd(
         if rows > 1 and (weight is not None or bias is not None):
             _sum_rows(a, b, dw, db, rows, c, weight is not None, bias is not None, acc)
     return grads
+
+
+def forward_plan(n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool) -> tiles.Plan:
+    return tiles.plan(n, c, groups, s, itemsize, channels_last, tiles.MAX_RESIDENT, tiles.TILE, tiles.WARP)
+
+
+def backward_plan(
+    n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool, has_residual: bool
+) -> tiles.Plan:
+    reads, limit = (3, tiles.MAX_RESIDENT_BACKWARD // 2) if has_residual else (2, tiles.MAX_RESIDENT_BACKWARD)
+    return tiles.plan(
+        n, c, groups, s, reads * itemsize, channels_last, limit, tiles.TILE_BACKWARD, tiles.WARP_BACKWARD
+    )
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
