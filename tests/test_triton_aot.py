@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import aot_layers
 import pytest
 
 LIMITS = Path(__file__).with_name("triton_aot_limits.json")
@@ -104,7 +105,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     }  # fmt: skip
     final = {"DIVIDE": True, "BLOCK": 4096, "ACC": tl.float32}
     cases["finalise"] = (_common.finalise_kernel, final_types, final, 8, {})
-    return cases
+    return cases | aot_layers.specialisations()
 
 
 # Compiling and reading the machine code -------------------------------------------------------------------------------
@@ -173,6 +174,7 @@ def bind() -> dict[str, int]:
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, gamma, 0.0, -int(n), False, 1, True, True)
         focal_loss.softmax_focal_loss_bwd(one.expand(n), x, x, x[0], gamma, 0.0, -100)
         stored_grad.scale_stored_grad_(one, x, one)
+    aot_layers.bind()
     return {name: len(found) for name, found in binaries.items()}
 
 
@@ -216,6 +218,9 @@ def test_launchers_compile_once_per_dtype() -> None:
     assert binaries["_sigmoid_focal_kernel"] == binaries["softmax_focal_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.
     assert binaries["count_kernel"] == binaries["finalise_kernel"] == binaries["_scale_kernel"] == 2, binaries
+    # Layers: another batch size or eps compiles nothing new.
+    layers = {name: binaries[name] for name in aot_layers.BINARIES}
+    assert layers == {name: 2 * count for name, count in aot_layers.BINARIES.items()}, binaries
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def activate(z, ACT: tl.constexpr, ACC: tl.constexpr):
 def activate_grad(z, ACT: tl.constexpr, ACC: tl.constexpr):
     """The derivative of the activation."""
     if ACT == 1:
-        dz = tl.where(z <= 0, 0.0, 1.0)
+        dz = tl.where(z <= 0, 0.0, tl.full([], 1.0, ACC))
     elif ACT == 2:
-        dz = tl.where(z > 0, 1.0, NEGATIVE_SLOPE)
+        dz = tl.where(z > 0, tl.full([], 1.0, ACC), NEGATIVE_SLOPE)
     elif ACT == 3:
         p, q = sigmoid_pair(z, ACC)
         dz = p * (1.0 + z * q)
@@ -77,12 +77,12 @@ def gate(z, GATE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def gate_grad(e, GATE: tl.constexpr):
+def gate_grad(e, GATE: tl.constexpr, ACC: tl.constexpr):
     """The derivative of the gate as a function of its value."""
     if GATE == 0:
         d = e * (1.0 - e)
     elif GATE == 1:
-        d = tl.where((e > 0) & (e < 1), 1.0 / 6.0, 0.0)
+        d = tl.where((e > 0) & (e < 1), tl.full([], 1.0 / 6.0, ACC), 0.0)
     else:
-        d = tl.where(e > 0, 1.0, 0.0)
+        d = tl.where(e > 0, tl.full([], 1.0, ACC), 0.0)
     return d

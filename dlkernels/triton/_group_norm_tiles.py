@@ -24,6 +24,7 @@ SMALL = 2048  # smaller groups share a program
 MAX_CHUNKS = 128  # pieces of a group whose statistics are merged
 PROGRAMS = 1024  # enough for every multiprocessor
 MAX_ROWS = 4096  # partial sums of the parameters' gradients
+SUM_ROWS, SUM_EACH = 512, 128  # as many are added by one program; more are added in pieces first
 BATCH_BYTES = 32 << 20  # what is read twice, in groups that the L2 of a large GPU holds from one kernel to the next
 
 

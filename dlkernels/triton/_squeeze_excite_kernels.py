@@ -215,7 +215,7 @@ def excite_grad_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < c
     de = merged_chunks(partial_ptr, pid_n * chunks, chunks, c, offs_c, mask_c, BLOCK_K, BLOCK_C)
-    dz2 = de * gate_grad(tl.load(e_ptr + pid_n * c + offs_c, mask=mask_c, other=0.0), GATE)
+    dz2 = de * gate_grad(tl.load(e_ptr + pid_n * c + offs_c, mask=mask_c, other=0.0), GATE, ACC)
     tl.store(dz2_ptr + pid_n * c + offs_c, dz2, mask=mask_c)
     ds = tl.zeros([BLOCK_C], ACC)
     for first_r in range(0, r, BLOCK_R):
@@ -261,7 +261,7 @@ def pointwise_kernel(
     elif KIND == POINT_ACTIVATE_GRAD:
         out = a * activate_grad(tl.load(b_ptr + offs, mask=mask, other=0.0), CODE, ACC)
     else:
-        out = a * gate_grad(tl.load(b_ptr + offs, mask=mask, other=0.0), CODE)
+        out = a * gate_grad(tl.load(b_ptr + offs, mask=mask, other=0.0), CODE, ACC)
     tl.store(out_ptr + offs, out, mask=mask)
 
 

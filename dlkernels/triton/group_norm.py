@@ -177,7 +177,7 @@ def _sum_rows(
 ) -> None:
     """dw = a.sum(0), db = b.sum(0): in two steps when there are many rows."""
     while True:
-        each = rows if rows <= 512 else 128
+        each = rows if rows <= tiles.SUM_ROWS else tiles.SUM_EACH
         programs = triton.cdiv(rows, each)
         sum_a, sum_b = (
             (dw, db)
