@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
@@ -82,7 +81,9 @@ def specialisations() -> dict[str, Any]:
         wide=("ldg",),
     )  # fmt: skip
     squeeze("scale bfloat16", kernels.scale_channels_kernel, "bfloat16", 256, 3136, HAS_RESIDUAL=True, ACT=1)
-    squeeze("scale gradient float32 last", kernels.scale_grad_kernel, "float32", 256, 3136, True, HAS_RESIDUAL=False, ACT=0)
+    squeeze(
+        "scale gradient float32 last", kernels.scale_grad_kernel, "float32", 256, 3136, True, HAS_RESIDUAL=False, ACT=0
+    )
     squeeze("scale gradient bfloat16", kernels.scale_grad_kernel, "bfloat16", 96, 784, HAS_RESIDUAL=True, ACT=4)
     p = se.plan(8, 256, 3136, 16, 2, False)
     layers = {**se._layers(p, 256, 16, tl.float32)[1], "HAS_B1": True, "HAS_B2": True, "ACT": 1, "GATE": 0}

@@ -167,13 +167,14 @@ def normalise_kernel(
     #
     # Math      mean and M2 of the chunks merged by Chan's formula, in every program; then as group_norm_fwd_kernel.
     # Traffic   per element: read x (from L2) and r, write y; per program 3 numbers of each chunk of its groups.
-    # Grid      as stats_kernel, with BLOCK_D x BLOCK_S tiles, so that A and B are short vectors.
+    # Grid      as stats_kernel, backwards: what it read last is what L2 surely holds. A and B are short vectors of a
+    #           tile's channels.
     # Requires  as stats_kernel; chunks <= MAX_CHUNKS.
     # Result    bitwise reproducible: a fixed tree over the chunks.
     eps = scalar(eps, ACC)
     d = d_vectors * D_VECTOR
     s = s_vectors * S_VECTOR
-    pid = tl.program_id(0).to(tl.int64)
+    pid = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     unit = pid // chunks
     chunk = (pid - unit * chunks).to(tl.int32)
     unit += first_unit
@@ -258,13 +259,16 @@ def grad_kernel(
     #
     # Math      as group_norm_bwd_kernel. SUMS: u and v of a piece of the positions. Else: dx and dr, from the terms.
     # Traffic   per element, SUMS: read x, dy (and r), to stay in L2. Else: read them again, write dx (and dr).
-    # Grid      units x blocks of channels x chunks of `steps` tiles along the positions.
+    # Grid      units x blocks of channels x chunks of `steps` tiles along the positions; the second sweep backwards.
     # Requires  as stats_kernel; plane = N chunks C (SUMS) or N G.
     # Result    bitwise reproducible: tiles in the order of their index, no atomics.
     KEEP: tl.constexpr = "evict_last" if SUMS else "evict_first"
     d = d_vectors * D_VECTOR
     s = s_vectors * S_VECTOR
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
+    if not SUMS:
+        pid = tl.num_programs(0) - 1 - pid
+    pid = pid.to(tl.int64)
     block = pid // chunks
     chunk = (pid - block * chunks).to(tl.int32)
     unit = block // d_blocks

@@ -25,6 +25,7 @@ MAX_CHUNKS = 128  # pieces of a group whose statistics are merged
 PROGRAMS = 1024  # enough for every multiprocessor
 MAX_ROWS = 4096  # partial sums of the parameters' gradients
 SUM_ROWS, SUM_EACH = 512, 128  # as many are added by one program; more are added in pieces first
+WIDE = 1 << 31  # elements of a sample that need 64-bit offsets
 BATCH_BYTES = 32 << 20  # what is read twice, in groups that the L2 of a large GPU holds from one kernel to the next
 
 
@@ -35,8 +36,8 @@ BATCH_BYTES = 32 << 20  # what is read twice, in groups that the L2 of a large G
 def tile_axes(BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr):
     """Group, channel and position of the tile's elements; scalars where a tile has one group or one channel.
 
-    A scalar has no layout among threads. A tensor of one element has, and to bring it into that of the tile the compiler
-    may spread the whole tile over shared memory.
+    A scalar has no layout among threads. A tensor of one element has one, and to bring it into that of the tile the
+    compiler may spread the whole tile over shared memory.
     """
     offs_g = tl.full([], 0, tl.int32)
     offs_d = tl.full([], 0, tl.int32)
@@ -238,7 +239,7 @@ def plan(
 
     A resident group is never split for want of programs: 16384 elements take one multiprocessor a microsecond or two,
     less than a second launch. Channels last reads at least 32 bytes (split: 128) of neighbouring groups together.
-    `itemsize` counts all that is read twice; `warp` is the number of elements of a warp.
+    `itemsize` counts all that is read twice; `warp` is the number of elements of a warp when resident.
     """
     d = c // groups
     last = channels_last or s == 1  # (N, C, 1) is (N, 1, C)
@@ -256,12 +257,12 @@ def plan(
     else:
         block_g, block_s = 1, min(block_s, tile)
         block_d = min(block_d, tile // block_s)
-    size = block_g * block_d * block_s
+    num_warps = max(1, min(16, block_g * block_d * block_s // (warp if resident else 512)))
     g_blocks = triton.cdiv(groups, block_g)
     units = n * g_blocks
     return Plan(
-        resident, last, block_g, block_d, block_s, max(1, min(16, size // warp)), g_blocks, units,
-        triton.cdiv(d, block_d), triton.cdiv(s, block_s),
+        resident, last, block_g, block_d, block_s, num_warps, g_blocks, units, triton.cdiv(d, block_d),
+        triton.cdiv(s, block_s),
         max(1, min(units, BATCH_BYTES // (block_g * d * s * itemsize))),
     )  # fmt: skip
 

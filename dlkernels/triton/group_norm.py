@@ -128,9 +128,7 @@ def backward_plan(
     n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool, has_residual: bool
 ) -> tiles.Plan:
     reads, limit = (3, tiles.MAX_RESIDENT_BACKWARD // 2) if has_residual else (2, tiles.MAX_RESIDENT_BACKWARD)
-    return tiles.plan(
-        n, c, groups, s, reads * itemsize, channels_last, limit, tiles.TILE_BACKWARD, tiles.WARP_BACKWARD
-    )
+    return tiles.plan(n, c, groups, s, reads * itemsize, channels_last, limit, tiles.TILE_BACKWARD, tiles.WARP_BACKWARD)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -155,7 +153,7 @@ def _geometry(plan: tiles.Plan, c: int, groups: int, s: int, acc: Any) -> tuple[
     """Sizes, as the compiler may assume them to be multiples of up to 8; and how the tile lies."""
     d_vector, s_vector = math.gcd(c // groups, 8), math.gcd(s, 8)
     geometry = {
-        "D_VECTOR": d_vector, "S_VECTOR": s_vector, "LAST": plan.last, "WIDE": c * s >= 1 << 31,
+        "D_VECTOR": d_vector, "S_VECTOR": s_vector, "LAST": plan.last, "WIDE": c * s >= tiles.WIDE,
         "BLOCK_G": plan.block_g, "BLOCK_D": plan.block_d, "BLOCK_S": plan.block_s, "ACC": acc,
         "num_warps": plan.num_warps,
     }  # fmt: skip

@@ -34,6 +34,7 @@ TILE = 4096  # elements
 MAX_CHANNELS = 2048  # of the kernel that holds a sample's channels
 PROGRAMS = 1024  # enough for every multiprocessor
 MAX_CHUNKS = 64  # pieces of the positions
+WIDE = 1 << 31  # elements of a sample that need 64-bit offsets
 BATCH_BYTES = 32 << 20  # what is read twice
 
 
@@ -64,11 +65,13 @@ def plan(n: int, c: int, s: int, hidden: int, itemsize: int, channels_last: bool
         block_s = min(block_s, TILE)
         block_c = min(block_c, TILE // block_s)
     c_blocks, s_blocks = triton.cdiv(c, block_c), triton.cdiv(s, block_s)
-    fused = 0 < hidden and c <= MAX_CHANNELS and s >= 4 * hidden
+    fused = hidden > 0 and c <= MAX_CHANNELS and s >= 4 * hidden
     batch = max(1, min(n, BATCH_BYTES // (c * s * itemsize))) if fused else n
     steps = triton.cdiv(s_blocks, min(MAX_CHUNKS, triton.cdiv(PROGRAMS, batch * c_blocks)))
     num_warps = max(1, min(16, block_c * block_s // 512))
-    return Plan(last, block_c, block_s, num_warps, c_blocks, s_blocks, triton.cdiv(s_blocks, steps), steps, batch, fused)
+    return Plan(
+        last, block_c, block_s, num_warps, c_blocks, s_blocks, triton.cdiv(s_blocks, steps), steps, batch, fused
+    )
 
 
 def squeeze_excite_fwd(
@@ -146,7 +149,9 @@ def squeeze_excite_bwd(
     acc, dtype = accumulator(x.dtype)
     hidden_channels = 0 if w1 is None else w1.shape[0]
     dx = x.new_empty(x.shape)
-    dw1, db1, dw2, db2, dr = (x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (w1, b1, w2, b2, residual))
+    dw1, db1, dw2, db2, dr = (
+        x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (w1, b1, w2, b2, residual)
+    )
     grads = (dx, dw1, db1, dw2, db2, dr)
     if x.numel() == 0:
         for d in (dw1, db1, dw2, db2):
@@ -205,7 +210,7 @@ def _tile(p: Plan, c: int, s: int, acc: Any) -> tuple[tuple[int, ...], dict[str,
     """Sizes, as the compiler may assume them to be multiples of up to 8; and how the tile lies."""
     c_vector, s_vector = math.gcd(c, 8), math.gcd(s, 8)
     tile = {
-        "C_VECTOR": c_vector, "S_VECTOR": s_vector, "LAST": p.last, "WIDE": c * s >= 1 << 31, "BLOCK_C": p.block_c,
+        "C_VECTOR": c_vector, "S_VECTOR": s_vector, "LAST": p.last, "WIDE": c * s >= WIDE, "BLOCK_C": p.block_c,
         "BLOCK_S": p.block_s, "ACC": acc, "num_warps": p.num_warps,
     }  # fmt: skip
     return (c // c_vector, s // s_vector, p.c_blocks, p.s_blocks), tile

@@ -112,7 +112,6 @@ NAMES = ("dx", "dweight", "dbias", "dresidual", "dscale", "dshift")
 
 def check(case: Case, channels_last: bool = False, dy: Tensor | None = None) -> None:
     """Both launchers against float64, in one layout."""
-    n, c, _ = case.x.shape
     dy = torch.randn(case.x.shape).to(case.x.dtype) if dy is None else dy
     y, grads = gradients(exact, case, dy, torch.float64)
     eager_y, eager_grads = gradients(eager, case, dy, None)
@@ -212,6 +211,16 @@ def test_real_tiles() -> None:
     check(make((1, 4, 1, 4099), torch.bfloat16, "wb", 3), channels_last=True)
 
 
+@pytest.mark.parametrize("split", (False, True))
+def test_wide_offsets(split: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 64-bit offsets of a huge sample, on a small one."""
+    if split:
+        request.getfixturevalue("tiny_tiles")
+    monkeypatch.setattr(tiles, "WIDE", 1)
+    for last in (False, True):
+        check(make((1, 6, 2, 9), torch.float32, "wbr", 1), last)
+
+
 def test_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that walk over several samples, and sums over samples in two steps."""
     monkeypatch.setattr(tiles, "MAX_ROWS", 5)
@@ -273,29 +282,29 @@ def test_gradient_strides(split: bool, request: pytest.FixtureRequest) -> None:
     """Strides of 0, transposed, and every input with strides of its own."""
     if split:
         request.getfixturevalue("tiny_tiles")
-    case = make((2, 6, 3, 10), torch.float32, "wbrks", 1)
-    for dy in (torch.tensor(-1.7).expand(2, 6, 10), torch.randn(2, 10, 6).mT, torch.randn(6, 1).expand(2, 6, 10)):
+    case = make((1, 6, 3, 10), torch.float32, "wbrks", 1)
+    for dy in (torch.tensor(-1.7).expand(1, 6, 10), torch.randn(1, 10, 6).mT, torch.randn(6, 1).expand(1, 6, 10)):
         check(case, dy=dy)
     strided = [torch.stack([t, t], -1)[..., 0] for t in case[:6]]
-    for ours, plain in ((strided, case[:6]),):
-        expected = group_norm.group_norm_fwd(*plain, 3, 1e-5, 1, False)
-        for a, b in zip(group_norm.group_norm_fwd(*ours, 3, 1e-5, 1, False), expected, strict=True):
-            assert_bitwise(a, b)
+    expected = group_norm.group_norm_fwd(*case[:6], 3, 1e-5, 1, False)
+    for a, b in zip(group_norm.group_norm_fwd(*strided, 3, 1e-5, 1, False), expected, strict=True):
+        assert_bitwise(a, b)
 
 
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 def test_public_function(memory_format: torch.memory_format) -> None:
-    x = torch.randn(2, 6, 3, 4).to(memory_format=memory_format).requires_grad_()
-    w = torch.randn(6, requires_grad=True)
-    dy = torch.randn(2, 6, 3, 4)
-    results = []
-    for backend in ("triton", "reference"):
+    tensors, dy = (torch.randn(2, 6, 3, 4).to(memory_format=memory_format), torch.randn(6)), torch.randn(2, 6, 3, 4)
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        x, w = leaves = [t.to(dtype).requires_grad_() for t in tensors]
         with dk.backend(backend):
             y = dk.group_norm(x, 3, w, activation="gelu_tanh", residual=2 * x)
-            results.append((y.detach(), *torch.autograd.grad(y, (x, w), dy)))
+            return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    results = run("triton", torch.float32), run("reference", torch.float64), run("reference", torch.float32)
     assert results[0][0].is_contiguous(memory_format=memory_format)
-    for ours, theirs in zip(*results, strict=True):
-        assert_within_budget(ours, theirs.double(), theirs)
+    for ours, right, theirs in zip(*results, strict=True):
+        assert_within_budget(ours, right, theirs)
 
 
 # What the check notices -----------------------------------------------------------------------------------------------
@@ -332,7 +341,7 @@ def test_the_check_notices_a_wrong_forward(wrong: Any, given: str, monkeypatch: 
     case = make((2, 6, 3, 9), torch.float32, given, 4, eps=1e-3)
     check(case)
     monkeypatch.setattr(group_norm, "group_norm_fwd", wrong(group_norm.group_norm_fwd))
-    with pytest.raises(AssertionError, match="relative error|NaN|shape"):
+    with pytest.raises(AssertionError, match="relative error"):
         check(case)
 
 
