@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import aot_layers
 import pytest
 
 LIMITS = Path(__file__).with_name("triton_aot_limits.json")
@@ -138,7 +139,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
         depth = {"VECTOR": 8, "HAS_RESIDUAL": True, "BLOCK": stochastic_depth.BLOCK, "ACC": tl.float32}
         kernel = stochastic_depth._stochastic_depth_kernel
         cases[f"stochastic depth {dtype}"] = (kernel, depth_types, depth, 4, {"ldg": 2, "stg": 1})
-    return cases
+    return cases | aot_layers.specialisations()
 
 
 # Compiling and reading the machine code -------------------------------------------------------------------------------
@@ -212,6 +213,7 @@ def bind() -> dict[str, int]:
         for dtype in (torch.float32, torch.float64):
             v, g = torch.zeros(1, rows, 96, dtype=dtype), torch.zeros(rows, dtype=dtype)
             weight_norm.weight_norm_bwd(v, v, g, weight_norm.weight_norm_fwd(v, g)[1])
+    aot_layers.bind()
     return {name: len(found) for name, found in binaries.items()}
 
 
@@ -256,6 +258,9 @@ def test_launchers_compile_once_per_dtype() -> None:
     assert binaries["_stochastic_depth_kernel"] == 2 and binaries["_weight_norm_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.
     assert binaries["count_kernel"] == binaries["finalise_kernel"] == binaries["_scale_kernel"] == 2, binaries
+    # Layers: another batch size or eps compiles nothing new.
+    layers = {name: binaries[name] for name in aot_layers.BINARIES}
+    assert layers == {name: 2 * count for name, count in aot_layers.BINARIES.items()}, binaries
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

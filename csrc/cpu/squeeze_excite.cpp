@@ -63,9 +63,9 @@ void for_items(const SqueezeExciteArgs& a, F loop) {
 void outer_sum(const at::Tensor& u, const at::Tensor& v, const at::Tensor& out) {
   if (!out.defined()) return;
   const OuterSum sum{
-      u.const_data_ptr(),     data_or_null(v),          u.size(0), u.size(1), v.defined() ? v.size(1) : 1,
+      u.const_data_ptr(),     data_or_null(v),          u.size(0), u.size(1), v.defined() ? v.size(1) : 0,
       out.mutable_data_ptr(), float_kind("weight", out)};
-  at::parallel_for(0, sum.outputs, grain(sum.n * sum.inputs), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, sum.outputs, grain(sum.n * std::max<int64_t>(1, sum.inputs)), [&](int64_t begin, int64_t end) {
     kernels().outer_sum(float_kind("gradient", u), sum, begin, end);
   });
 }

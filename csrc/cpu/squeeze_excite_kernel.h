@@ -34,7 +34,7 @@ struct SqueezeExciteArgs {
   bool stream;           // write y or dx past the caches
 };
 
-// out[o][i] = sum_n u[n][o] v[n][i] in the parameter's dtype; with v == nullptr out[o] = sum_n u[n][o].
+// out[o][i] = sum_n u[n][o] v[n][i] in the parameter's dtype; with inputs = 0 out[o] = sum_n u[n][o].
 struct OuterSum {
   const void *u, *v;  // [N, outputs], [N, inputs] A
   int64_t n, outputs, inputs;

@@ -124,7 +124,7 @@ void outer_sum(const OuterSum& p, int64_t begin, int64_t end) {
   using V = Vector<A>;
   const A *u = static_cast<const A*>(p.u), *v = static_cast<const A*>(p.v);
   constexpr int64_t kBlock = 256;
-  if (v == nullptr) {
+  if (p.inputs == 0) {
     for (int64_t o = begin; o < end; ++o) {
       double total = 0;
       for (int64_t n = 0; n < p.n; ++n) total += u[n * p.outputs + o];

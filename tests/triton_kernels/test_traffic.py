@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels._traffic import eager_traffic, interpreter_traffic
-from dlkernels.triton import focal_loss, stored_grad
+from dlkernels.triton import focal_loss, group_norm, squeeze_excite, stored_grad
 
 MEAN = 1
 
@@ -101,6 +101,74 @@ def test_long_rows_are_read_twice_or_not_at_all(ignored: bool, monkeypatch: pyte
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
     rows = 2 if ignored else 3
     assert traffic.by_tensor["x"] == [2 * rows * c * 4 + rows * 4, 0]  # and the logit of the label
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_group_norm_moves_two_and_three_passes(dtype: torch.dtype, channels_last: bool) -> None:
+    """While a group fits: forward read x, write y; backward read x, dy, write dx, the activation recomputed."""
+    n, c, groups, s = 2, 24, 4, 190
+    x, dy = (torch.randn((n, s, c) if channels_last else (n, c, s)).to(dtype) for _ in range(2))
+    w, b = torch.randn(c).to(dtype), torch.randn(c).to(dtype)
+    options = (groups, 1e-5, 3, channels_last)
+    assert group_norm.backward_plan(n, c, groups, s, x.element_size(), channels_last, False).resident
+    one = x.numel() * x.element_size()
+    with interpreter_traffic(x=x) as forward:
+        _, mean, rstd = group_norm.group_norm_fwd(x, w, b, None, None, None, *options)
+    assert forward.by_tensor["x"] == [one + n * groups * x.element_size(), 0]  # and the first element of each group
+    with interpreter_traffic(x=x, dy=dy) as backward:
+        group_norm.group_norm_bwd(dy, x, mean, rstd, w, b, None, None, None, *options)
+    assert backward.by_tensor == {"x": [one, 0], "dy": [one, 0]}
+
+    with eager_traffic() as eager:
+        leaves = [t.detach().requires_grad_() for t in (x.mT if channels_last else x, w, b)]
+        out = F.silu(F.group_norm(leaves[0], groups, *leaves[1:]))
+        out.backward(dy.mT if channels_last else dy)
+    report(f"group norm + silu {dtype}", forward.total + backward.total, 5 * one, eager.total)
+    assert 2 * one <= forward.total <= 2.1 * one
+    assert 3 * one <= backward.total <= 3.2 * one
+    assert eager.total > 1.5 * (forward.total + backward.total)
+
+
+def test_group_norm_of_large_groups_reads_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that does not fit: three passes forward, five backward; of each, one read of x (and dy) is to hit L2."""
+    from dlkernels.triton import _group_norm_tiles as tiles
+
+    monkeypatch.setattr(tiles, "MAX_RESIDENT", 1024)
+    monkeypatch.setattr(tiles, "MAX_RESIDENT_BACKWARD", 1024)
+    x, dy = torch.randn(1, 4, 3000), torch.randn(1, 4, 3000)
+    with interpreter_traffic(x=x, dy=dy) as traffic:
+        _, mean, rstd = group_norm.group_norm_fwd(x, None, None, None, None, None, 2, 1e-5, 3, False)
+        one = x.numel() * 4
+        assert 2 * one <= traffic.by_tensor["x"][0] <= 2.02 * one and traffic.total <= 3.05 * one
+        forward = traffic.total
+        group_norm.group_norm_bwd(dy, x, mean, rstd, None, None, None, None, None, 2, 1e-5, 3, False)
+    assert traffic.by_tensor["dy"] == [2 * one, 0] and traffic.total - forward <= 5.05 * one
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_squeeze_excite_moves_three_and_four_passes(channels_last: bool) -> None:
+    """Forward read x twice, write y; backward read x once, dy twice, write dx."""
+    n, c, hidden, s = 2, 24, 6, 500
+    x, dy = (torch.randn((n, s, c) if channels_last else (n, c, s)) for _ in range(2))
+    weights = (torch.randn(hidden, c), torch.randn(hidden), torch.randn(c, hidden), torch.randn(c))
+    options = (1, 0, 0, channels_last)
+    one = x.numel() * 4
+    with interpreter_traffic(x=x) as forward:
+        _, *saved = squeeze_excite.squeeze_excite_fwd(x, *weights, None, *options)
+    with interpreter_traffic(x=x, dy=dy) as backward:
+        squeeze_excite.squeeze_excite_bwd(dy, x, *saved, *weights, None, *options)
+    assert forward.by_tensor["x"] == [2 * one, 0]
+    assert backward.by_tensor == {"x": [one, 0], "dy": [2 * one, 0]}
+
+    with eager_traffic() as eager:
+        z, w1, b1, w2, b2 = (t.detach().requires_grad_() for t in (x.mT if channels_last else x, *weights))
+        e = torch.sigmoid(F.linear(torch.relu(F.linear(z.mean(2), w1, b1)), w2, b2))
+        (z * e.unsqueeze(-1)).backward(dy.mT if channels_last else dy)
+    report("squeeze-and-excitation", forward.total + backward.total, 7 * one, eager.total)
+    assert 3 * one <= forward.total <= 3.1 * one
+    assert 4 * one <= backward.total <= 4.1 * one
+    assert eager.total > 1.5 * (forward.total + backward.total)
 
 
 def test_eager_traffic_counts_operands_once() -> None:
