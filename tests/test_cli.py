@@ -15,11 +15,14 @@ import torch
 import dlkernels as dk
 from dlkernels.__main__ import main
 from dlkernels.cli import _demo_parts, _profile_bytes
-from dlkernels.cli._budget import Sample, compare
-from dlkernels.cli._cases import CASES
+from dlkernels.cli._budget import Sample, compare, value_and_grads
+from dlkernels.cli._layer_cases import LayerCase
+from dlkernels.cli.check import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
+LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy")
+LAYERS = ("group_norm", "squeeze_excite", "weight_norm", "stochastic_depth")
 
 
 def cli(*arguments: str, before: str = "", timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -48,6 +51,8 @@ def test_info() -> None:
     for text in (f"torch       {torch.__version__}", "python", "extension", "triton", "Active backend"):
         assert text in result.stdout
     assert "softmax_focal_loss (fwd, bwd)" in result.stdout and "no CUDA device is visible" in result.stdout
+    for op in LAYERS:
+        assert op in result.stdout
 
 
 def test_info_json() -> None:
@@ -72,7 +77,7 @@ def test_check() -> None:
     result = cli("check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"PASS: {3 * len(CASES)} cases, 0 failures" in result.stdout
-    for op in ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy"):
+    for op in (*LOSSES, *LAYERS):
         assert op in result.stdout
 
 
@@ -88,6 +93,34 @@ def test_check_fails_on_a_wrong_loss() -> None:
     assert "FAIL cross_entropy on cpu, float32: 129x10 indices reduction=mean: gradient error" in result.stdout
     assert "RuntimeError: no such kernel" in result.stdout
     assert "FAIL sigmoid_focal_loss" not in result.stdout
+
+
+def test_check_fails_on_a_wrong_parameter_gradient() -> None:
+    """Output and input's gradient right, the bias's off by 1e-4: an error in any gradient counts."""
+    wrong = (
+        "import dlkernels as dk\nright = dk.group_norm\n"
+        "def wrong(x, num_groups, weight=None, bias=None, **k):\n"
+        "    if bias is not None: bias = bias + 1e-4 * (bias - bias.detach())\n"
+        "    return right(x, num_groups, weight, bias, **k)\n"
+        "dk.group_norm = wrong"
+    )
+    result = cli("check", "--dtype", "float32", "--op", "group_norm", "--op", "squeeze_excite", before=wrong)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAIL group_norm on cpu, float32: 2x32x17x13 affine num_groups=8: gradient error" in result.stdout
+    assert "value error 1" not in result.stdout and "FAIL squeeze_excite" not in result.stdout
+    assert "2x32x17x13 num_groups=32 eps=0.001" not in result.stdout, "without a bias nothing is wrong"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in LAYERS], ids=lambda c: f"{c.op} {c.name}")
+def test_layer_cases_differentiate_everything(case: LayerCase) -> None:
+    """Every tensor but the fixed noise is an input that takes a gradient, and none of these is zero."""
+    sample = case.sample(torch.float64, "cpu", 0)
+    assert len(sample.parameters) == len(case.draw(case, torch.Generator())) - len(case.fixed)
+    if sample.x.numel() > 0:
+        _, *grads = value_and_grads(sample.eager, (sample.x, *sample.parameters), sample.grad_output)
+        assert all(g.abs().max() > 0 for g in grads)
+    if case.layout != "contiguous":
+        assert not sample.x.is_contiguous()
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "one element", "shape"])
@@ -107,7 +140,16 @@ def test_parity_sees_what_a_norm_would_not(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "shape"), [("sigmoid_focal_loss", "4096"), ("softmax_focal_loss", "64,100"), ("cross_entropy", "2,5,8,8")]
+    ("op", "shape"),
+    [
+        ("sigmoid_focal_loss", "4096"),
+        ("softmax_focal_loss", "64,100"),
+        ("cross_entropy", "2,5,8,8"),
+        ("group_norm", "2,24,8,8"),
+        ("squeeze_excite", "2,24,8,8"),
+        ("weight_norm", "16,100"),
+        ("stochastic_depth", "4,100"),
+    ],
 )
 def test_profile(op: str, shape: str, tmp_path: Path) -> None:
     result = cli("profile", op, "--shape", shape, "--eager", "--steps", "3", "--out", str(tmp_path))
@@ -217,6 +259,9 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("profile", "torch.nn:Flatten", "--input-shape", "8,16"), "torch.nn:Flatten has no parameters"),
         (("profile", "cross_entropy", "--shape", "5"), "--shape must have a class dimension"),
         (("profile", "cross_entropy", "--shape", "a,b"), "expected sizes such as 4096,1000"),
+        (("profile", "group_norm", "--shape", "5"), "--shape must have at least 2 dimensions, got 5"),
+        (("profile", "weight_norm", "--reduction", "sum"), "weight_norm has neither"),
+        (("profile", "group_norm", "--shape", "2,8", "--layout", "channels_last"), "needs four or five dimensions"),
         (("check", "--device", "cuda"), "no CUDA device is visible"),
         (("demo", "--steps", "0"), "--steps must be at least 1"),
     ],

@@ -5,6 +5,8 @@ Wu and He, "Group Normalization", eq. 1 to 3: x_hat = (x - mean) / sqrt(var + ep
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def group_norm(
     shift: Tensor | None,
 ) -> Tensor:
     """x (N, C, d1, ...); weight and bias (C,); scale and shift (N, C); residual like x. Returns the dtype of x."""
-    groups = compute(x).reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
+    groups = compute(x).reshape(x.shape[0], num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
     mean = groups.mean((2, 3), keepdim=True)
     centred = groups - mean
     variance = centred.square().mean((2, 3), keepdim=True)
