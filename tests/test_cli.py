@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import dlkernels as dk
 from dlkernels.__main__ import main
-from dlkernels.cli import _demo_parts, _profile_bytes
+from dlkernels.cli import _demo_model, _demo_parts, _profile_bytes
 from dlkernels.cli._budget import Sample, compare, value_and_grads
 from dlkernels.cli._layer_cases import LayerCase
 from dlkernels.cli.check import CASES
@@ -212,7 +213,10 @@ def test_demo_quick(tmp_path: Path) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
     result = cli("demo", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    for text in ("Training: eager and fused", "Time of forward + backward", "sigmoid focal, 1M elements", "PASS"):
+    for text in (
+        "The network before training", "Training: eager and fused", "Time of forward + backward",
+        "sigmoid focal, 1M elements", "GroupNorm + SiLU, 8 x 256 x 28 x 28", "weight norm, 512 x 4608", "PASS",
+    ):  # fmt: skip
         assert text in result.stdout, text
     assert "not held to its threshold" in result.stdout
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -224,6 +228,39 @@ def test_demo_names_missing_packages() -> None:
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith('pip install "dlkernels[demo]"'), result.stderr
     assert "scikit-learn" in lines[0] and "monai" in lines[0]
+
+
+def test_demo_networks_agree() -> None:
+    """From one state_dict and one seed; training drops rows, and the same ones."""
+    pytest.importorskip("monai")
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    found = _demo_model.compare_models(x, y)
+    assert [(each.mode, each.dtype) for each in found] == [
+        (mode, dtype) for mode in ("eval", "train") for dtype in (torch.float64, torch.float32)
+    ]
+    assert not any(each.failed for each in found), found
+    still, dropped = (_demo_model.outcome("fused", mode, x, y)[0] for mode in ("eval", "train"))
+    rows = (still != dropped).any(1)
+    assert rows.any() and (still[~rows] == dropped[~rows]).all(), "stochastic depth acts while training only"
+
+
+@pytest.mark.parametrize("fault", ["eps", "activation", "gate", "rows"])
+def test_demo_notices_a_wrong_layer(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of layer, wrong by little: the comparison of the networks fails."""
+    pytest.importorskip("monai")
+    right = _demo_model.layers
+    wrong = {
+        "eps": {"norm": lambda groups, channels: dk.nn.GroupNorm(groups, channels, eps=1.1e-5)},
+        "activation": {"norm_silu": lambda groups, channels: dk.nn.GroupNorm(groups, channels, activation="gelu")},
+        "gate": {"squeeze_excite": lambda channels, r: dk.nn.SqueezeExcite(channels, r, gate="hard_sigmoid")},
+        "rows": {"drop": lambda p: dk.nn.StochasticDepth(p, "batch")},
+    }[fault]
+    monkeypatch.setattr(
+        _demo_model, "layers", lambda kind: right(kind) if kind == "eager" else replace(right(kind), **wrong)
+    )
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    failed = {each.mode for each in _demo_model.compare_models(x, y) if each.failed}
+    assert failed == ({"train"} if fault == "rows" else {"eval", "train"})
 
 
 def test_demo_parity_notices_a_wrong_gradient() -> None:

@@ -42,7 +42,7 @@ class Parity:
 def value_and_grads(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The value and its gradient in every input. `grad_output` is cast to the dtype of the value; scalars start at 1."""
+    """The value, and its gradient in every input. `grad_output` is cast to the value's dtype; scalars start at 1."""
     inputs = tuple(t.detach().requires_grad_(True) for t in inputs)
     out = function(*inputs)
     seed = None if grad_output is None or out.dim() == 0 else grad_output.to(out.dtype)
