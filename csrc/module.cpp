@@ -9,6 +9,7 @@
 
 #include "common/host.h"
 #include "cpu/focal_loss_eager.h"
+#include "cpu/group_norm_eager.h"
 
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
@@ -56,4 +57,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_focal_loss(m);
+  dlkernels::bind_group_norm(m);
 }

@@ -9,7 +9,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <initializer_list>
 #include <optional>
+
+#include "layer.h"
 
 namespace dlkernels {
 
@@ -55,6 +58,36 @@ inline std::optional<at::Tensor> optional(const at::Tensor& x) {
 }
 
 inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& x) { return x.value_or(at::Tensor()); }
+
+// The place of a string in a list of names, or none. `None` itself stands for the empty name.
+inline std::optional<int64_t> code_of(PyObject* object, std::initializer_list<const char*> names) {
+  int64_t code = 0;
+  for (const char* name : names) {
+    if (object == Py_None ? *name == 0
+                          : PyUnicode_CheckExact(object) && PyUnicode_CompareWithASCIIString(object, name) == 0)
+      return code;
+    ++code;
+  }
+  return std::nullopt;
+}
+
+// The codes of csrc/common/activation.h.
+inline std::optional<int64_t> activation_code(PyObject* object) {
+  return code_of(object, {"", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"});
+}
+
+// An optional parameter of a layer, or an optional tensor like x. False: not for the eager entry.
+inline bool take_parameter(PyObject* object, const at::Tensor& x, at::IntArrayRef sizes, at::Tensor& into) {
+  if (object == Py_None) return true;
+  into = tensor_or_undefined(object);
+  return plain_floating(into) && fits_parameter(into, x, sizes);
+}
+inline bool take_like(PyObject* object, const at::Tensor& x, at::Tensor& into) {
+  if (object == Py_None) return true;
+  into = tensor_or_undefined(object);
+  return plain_floating(into) && into.scalar_type() == x.scalar_type() && into.sizes() == x.sizes() &&
+         into.strides() == x.strides();
+}
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> op(const char* name) {

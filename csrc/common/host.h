@@ -10,12 +10,34 @@
 #include <optional>
 #include <string>
 
+#include "dtype.h"
+
 namespace dlkernels {
 
 // Which instruction set ATen runs with: the machine's best, or what ATEN_CPU_CAPABILITY asks for.
 enum class Capability { kDefault, kAvx2, kAvx512 };
 Capability cpu_capability();
 std::string cpu_capability_name();
+
+// The table of loops of the best instruction set that runs here, from its functions foo_DEFAULT, foo_AVX2, foo_AVX512.
+#if defined(__x86_64__)
+#define DL_KERNELS_OF_THIS_MACHINE(foo)                     \
+  (cpu_capability() == Capability::kAvx512 ? foo##_AVX512() \
+   : cpu_capability() == Capability::kAvx2 ? foo##_AVX2()   \
+                                           : foo##_DEFAULT())
+#else
+#define DL_KERNELS_OF_THIS_MACHINE(foo) foo##_DEFAULT()
+#endif
+
+inline Float float_kind(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Float::kFloat32;
+    case at::kHalf: return Float::kFloat16;
+    case at::kBFloat16: return Float::kBFloat16;
+    case at::kDouble: return Float::kFloat64;
+    default: TORCH_CHECK_TYPE(false, "tensors must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
+  }
+}
 
 // Outputs beyond this size are written past the caches: they would not be found there anyway.
 constexpr int64_t kStreamBytes = int64_t{12} << 20;

@@ -17,24 +17,8 @@ namespace dlkernels {
 namespace {
 
 const FocalLossKernels& kernels() {
-  static const FocalLossKernels table = [] {
-#if defined(__x86_64__)
-    if (cpu_capability() == Capability::kAvx512) return focal_loss_kernels_AVX512();
-    if (cpu_capability() == Capability::kAvx2) return focal_loss_kernels_AVX2();
-#endif
-    return focal_loss_kernels_DEFAULT();
-  }();
+  static const FocalLossKernels table = DL_KERNELS_OF_THIS_MACHINE(focal_loss_kernels);
   return table;
-}
-
-Float float_kind(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Float::kFloat32;
-    case at::kHalf: return Float::kFloat16;
-    case at::kBFloat16: return Float::kBFloat16;
-    case at::kDouble: return Float::kFloat64;
-    default: TORCH_CHECK_TYPE(false, "`input` must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
-  }
 }
 
 Target target_kind(const at::Tensor& target, const at::Tensor& input) {

@@ -1,6 +1,7 @@
 // The focal-loss loops of one instruction set: compiled once for each, with CPU_CAPABILITY naming it.
 #include "focal_loss_kernel.h"
 
+#include "../common/loops.h"
 #include "focal_loss_sigmoid.h"
 #include "focal_loss_softmax.h"
 #include "focal_loss_strips.h"
@@ -11,16 +12,6 @@ inline namespace CPU_CAPABILITY {
 template <class T>
 bool side_by_side(const SoftmaxArgs& a) {
   return a.inner > 1 || a.classes <= kShortRow;
-}
-
-template <class F>
-auto with_float(Float dtype, F f) {
-  switch (dtype) {
-    case Float::kFloat16: return f(float16{});
-    case Float::kBFloat16: return f(bfloat16{});
-    case Float::kFloat64: return f(double{});
-    default: return f(float{});
-  }
 }
 
 static int64_t softmax_tiles(const SoftmaxArgs& a) {
@@ -76,8 +67,6 @@ static void softmax(const SoftmaxArgs& a, int64_t begin, int64_t end, void* scra
 
 }  // namespace CPU_CAPABILITY
 
-#define DL_CONCAT_(a, b) a##b
-#define DL_CONCAT(a, b) DL_CONCAT_(a, b)
 FocalLossKernels DL_CONCAT(focal_loss_kernels_, CPU_CAPABILITY)() {
   return {sigmoid, softmax_tiles, softmax_scratch_bytes, softmax};
 }

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace dlkernels {
+#include "../common/dtype.h"
 
-enum class Float : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
+namespace dlkernels {
 
 enum class Target : int {
   kFloat,    // floats of the input's dtype, one per element

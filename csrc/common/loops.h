@@ -1,0 +1,77 @@
+// Small pieces that the loops of several families share, on top of simd.h: torch-free, once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "simd.h"
+
+namespace dlkernels {
+inline namespace CPU_CAPABILITY {
+
+template <class F>
+auto with_float(Float dtype, F f) {
+  switch (dtype) {
+    case Float::kFloat16: return f(float16{});
+    case Float::kBFloat16: return f(bfloat16{});
+    case Float::kFloat64: return f(double{});
+    default: return f(float{});
+  }
+}
+
+// Element i of a parameter whose dtype is known at run time; `missing` where there is none.
+template <class A>
+DL_INLINE A parameter(const void* p, Float dtype, int64_t i, A missing) {
+  if (p == nullptr) return missing;
+  switch (dtype) {
+    case Float::kFloat16: return static_cast<A>(to_float(static_cast<const float16*>(p)[i]));
+    case Float::kBFloat16: return static_cast<A>(to_float(static_cast<const bfloat16*>(p)[i]));
+    case Float::kFloat64: return static_cast<A>(static_cast<const double*>(p)[i]);
+    default: return static_cast<A>(static_cast<const float*>(p)[i]);
+  }
+}
+
+// The way back, rounded to the parameter's dtype.
+DL_INLINE void set_parameter(void* p, Float dtype, int64_t i, double value) {
+  switch (dtype) {
+    case Float::kFloat16: static_cast<float16*>(p)[i] = from_float<float16>(static_cast<float>(value)); break;
+    case Float::kBFloat16: static_cast<bfloat16*>(p)[i] = from_float<bfloat16>(static_cast<float>(value)); break;
+    case Float::kFloat64: static_cast<double*>(p)[i] = value; break;
+    default: static_cast<float*>(p)[i] = static_cast<float>(value);
+  }
+}
+
+// load and store of n <= width elements: whole vectors take the short way.
+template <class T>
+DL_INLINE typename Lanes<T>::vec load_some(const T* p, int64_t n) {
+  return n >= Lanes<T>::width ? load(p) : load_part(p, n, 0);
+}
+template <class T>
+DL_INLINE void store_some(T* p, typename Lanes<T>::vec v, int64_t n) {
+  if (n >= Lanes<T>::width) {
+    store(p, v);
+  } else {
+    store_part(p, v, n);
+  }
+}
+
+// v with the lanes from n on set to 0: a partial vector's share of a sum.
+template <class T>
+DL_INLINE typename Lanes<T>::vec first_lanes(typename Lanes<T>::vec v, int64_t n) {
+  if constexpr (Lanes<T>::width == 1) {
+    return v;
+  } else {
+    vint index;
+    for (int i = 0; i < kFloatLanes; ++i) index[i] = i;
+    return index < static_cast<int32_t>(n) ? v : vfloat{};
+  }
+}
+
+// Whether rows of n elements from p on may be written past the caches: whole vectors at aligned addresses.
+template <class T>
+DL_INLINE bool may_stream(const T* p, int64_t row) {
+  return reinterpret_cast<uintptr_t>(p) % DL_VECTOR_BYTES == 0 && row * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace dlkernels

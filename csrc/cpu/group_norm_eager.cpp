@@ -1,0 +1,105 @@
+// GroupNorm in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd node.
+//
+// Second derivatives and batched gradients leave through the dispatcher's differentiable operators.
+#include "group_norm_eager.h"
+
+#include <ATen/record_function.h>
+
+#include <cmath>
+
+#include "../common/eager.h"
+#include "group_norm.h"
+
+namespace py = pybind11;
+
+namespace dlkernels {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Optional = std::optional<at::Tensor>;
+
+struct GroupNormNode : torch::autograd::Function<GroupNormNode> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& weight, const Optional& bias,
+                            const Optional& residual, const Optional& scale, const Optional& shift, const Rows& rows,
+                            const GroupNormOptions& o) {
+    const GroupNormTensors t{x,
+                             value_or_undefined(weight),
+                             value_or_undefined(bias),
+                             value_or_undefined(residual),
+                             value_or_undefined(scale),
+                             value_or_undefined(shift)};
+    const GroupNormResult r = group_norm_forward(t, rows, o);
+    ctx->save_for_backward(
+        {x, r.mean, r.rstd, t.weight, t.bias, o.activation ? t.residual : at::Tensor(), t.scale, t.shift});
+    ctx->saved_data["eps"] = o.eps;
+    ctx->saved_data["activation"] = o.activation * 2 + (t.residual.defined() ? 1 : 0);
+    return r.y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    RECORD_FUNCTION("dlkernels::group_norm_bwd", c10::ArrayRef<const c10::IValue>{});
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &mean = saved[1], &rstd = saved[2];
+    const int64_t packed = ctx->saved_data["activation"].toInt();
+    const GroupNormOptions o{mean.size(1), ctx->saved_data["eps"].toDouble(), packed / 2};
+    const Rows rows = rows_of(x);
+    GroupNormGrads g;
+    if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
+      g = group_norm_backward(grads[0], {x, saved[3], saved[4], saved[5], saved[6], saved[7]}, mean, rstd, rows, o);
+    } else {
+      g = through_the_dispatcher(grads[0], saved, rows, o);
+    }
+    if (packed % 2 && !o.activation) g.residual = grads[0];
+    return {g.x, g.weight, g.bias, g.residual, g.scale, g.shift, {}, {}};
+  }
+
+  static GroupNormGrads through_the_dispatcher(const at::Tensor& grad_output, const variable_list& saved,
+                                               const Rows& rows, const GroupNormOptions& o) {
+    using T = const at::Tensor&;
+    using Out = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    static const auto bwd = op<Out(T, T, T, T, const Optional&, const Optional&, const Optional&, const Optional&,
+                                   const Optional&, int64_t, double, int64_t, bool)>("dlkernels::group_norm_bwd");
+    const at::Tensor& x = saved[0];
+    const Optional residual = saved[5].defined() ? optional(as_rows(saved[5], rows)) : std::nullopt;
+    const auto [dx, dw, db, dr, dscale, dshift] = bwd.call(
+        as_rows(grad_output, rows), as_rows(x, rows), saved[1], saved[2], optional(saved[3]), optional(saved[4]),
+        residual, optional(saved[6]), optional(saved[7]), o.groups, o.eps, o.activation, rows.channels_last);
+    const auto if_given = [](const at::Tensor& g, const at::Tensor& t) { return t.defined() ? g : at::Tensor(); };
+    return {from_rows(dx, x, rows),     if_given(dw, saved[3]),
+            if_given(db, saved[4]),     residual ? from_rows(dr, x, rows) : at::Tensor(),
+            if_given(dscale, saved[6]), if_given(dshift, saved[7])};
+  }
+};
+
+py::object group_norm(py::handle input, py::handle num_groups, py::handle weight, py::handle bias, py::handle eps,
+                      py::handle activation, py::handle residual, py::handle scale, py::handle shift) {
+  const auto groups = integer(num_groups.ptr());
+  const auto epsilon = number(eps.ptr());
+  const auto code = activation_code(activation.ptr());
+  const at::Tensor x = tensor_or_undefined(input.ptr());
+  if (!groups || !epsilon || !code || !plain_eager() || !plain_floating(x) || x.dim() < 2) return none();
+  const Rows rows = rows_of(x);
+  if (*groups < 1 || !rows.dense || x.numel() == 0 || rows.c % *groups || rows.n * (rows.c / *groups) * rows.s == 1)
+    return none();
+  GroupNormTensors t{x, {}, {}, {}, {}, {}};
+  if (!take_parameter(weight.ptr(), x, {rows.c}, t.weight) || !take_parameter(bias.ptr(), x, {rows.c}, t.bias) ||
+      !take_parameter(scale.ptr(), x, {rows.n, rows.c}, t.scale) ||
+      !take_parameter(shift.ptr(), x, {rows.n, rows.c}, t.shift) || !take_like(residual.ptr(), x, t.residual))
+    return none();
+  const GroupNormOptions o{*groups, *epsilon, *code};
+  return without_gil([&] {
+    RECORD_FUNCTION("dlkernels::group_norm_fwd", c10::ArrayRef<const c10::IValue>{});
+    if (wants_grad(x) || wants_grad(t.weight) || wants_grad(t.bias) || wants_grad(t.residual) || wants_grad(t.scale) ||
+        wants_grad(t.shift))
+      return GroupNormNode::apply(x, optional(t.weight), optional(t.bias), optional(t.residual), optional(t.scale),
+                                  optional(t.shift), rows, o);
+    return group_norm_forward(t, rows, o).y;
+  });
+}
+
+}  // namespace
+
+void bind_group_norm(py::module_& m) { m.def("group_norm", torch::wrap_pybind_function(group_norm)); }
+
+}  // namespace dlkernels
