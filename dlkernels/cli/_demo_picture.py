@@ -118,8 +118,11 @@ def _times(axes: Any, timings: list[Any]) -> None:
     axes.set_xlabel("% of the eager time")
     axes.set_title("Time of forward + backward", loc="left", fontweight="bold")
     axes.legend(frameon=False, loc="upper left", ncols=2, borderpad=0.1)
-    _note(axes, "Eager and fused in turns, the fastest of many rounds; CPU: one thread.\n"
-                "The step is the whole network's: convolutions and optimizer are the same on both sides.", 0.055)  # fmt: skip
+    text = (
+        "Eager and fused in turns, the fastest of many rounds; CPU: one thread.\n"
+        "The step is the whole network's: convolutions and optimizer are the same on both sides."
+    )
+    _note(axes, text, below=0.055)
 
 
 def _two_lines(name: str) -> str:

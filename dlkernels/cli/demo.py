@@ -104,11 +104,11 @@ def prepare(demo: Demo) -> None:
     model = parts.make_model(demo.device, "eager")
     count = sum(p.numel() for p in model.parameters())
     backend = _backend.state.forced or _backend.default_for(demo.device)
+    blocks = len(_demo_model.STAGES)
     print(
-        f"model    {len(_demo_model.STAGES)} residual blocks with GroupNorm, squeeze-and-excitation and stochastic",
-        end=" ",
+        f"model    {blocks} residual blocks: GroupNorm, squeeze-and-excitation, stochastic depth; {count:,} parameters,"
     )
-    print(f"depth, {count:,} parameters; the eager weights load into the fused network")
+    print("         those of the eager network loaded into the fused one")
     print(f"data     digits 8 x 8, per class {demo.data.counts.tolist()} for training,", end=" ")
     print(f"{parts.TEST_PER_CLASS} each for testing")
     threads = "one thread; " if demo.device == "cpu" else ""
@@ -226,6 +226,6 @@ def _share(demo: Demo) -> str:
     loss = demo.timings[0]
     return (
         f"This network is tiny and so is its loss: {loss.eager / step.eager:.1%} of the eager step, "
-        f"{loss.fused / step.fused:.1%} of the fused one. Most of the step are convolutions and the optimizer, which are "
-        "the same on both sides. The larger rows show what losses and layers cost at scale."
+        f"{loss.fused / step.fused:.1%} of the fused one. Most of the step is convolutions and the optimizer, the same "
+        "on both sides. The larger rows show what losses and layers cost at scale."
     )

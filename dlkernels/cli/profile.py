@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
     add("--layout", default="contiguous", choices=("contiguous", "channels_last"),
         help="of a layer's input (default: %(default)s)")  # fmt: skip
     add("--targets", default="auto", choices=("auto", "dense", "index"),
-        help="of a loss: dense floats like the logits, or class indices; auto: what people use with the loss")  # fmt: skip
+        help="of a loss: dense floats like the logits, or class indices; auto: what people use with it")  # fmt: skip
     add("--reduction", default="mean", choices=("none", "mean", "sum"), help="of a loss (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: CUDA when it is visible, else the CPU")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s, which neighbours disturb least)")
