@@ -74,7 +74,7 @@ def squeeze_excite(
 
 def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
     """The composition that autograd differentiates by itself: g v / |v|, the norm over all dimensions but one."""
-    dims = None if dim is None else [i for i in range(v.dim()) if i != dim % v.dim()]
+    dims = None if dim is None else [i for i in range(v.dim()) if i != dim]
     return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=dim is not None))
 
 

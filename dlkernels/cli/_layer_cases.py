@@ -89,7 +89,7 @@ def of_squeeze_excite(case: LayerCase, generator: Generator) -> Tensors:
 
 def of_weight_norm(case: LayerCase, generator: Generator) -> Tensors:
     dim = case.options.get("dim", 0)
-    size = () if dim is None else tuple(n if i == dim % len(case.shape) else 1 for i, n in enumerate(case.shape))
+    size = () if dim is None else tuple(n if i == dim else 1 for i, n in enumerate(case.shape))
     return {"g": 0.5 + torch.rand(size, generator=generator)}
 
 
@@ -162,7 +162,7 @@ CASES: list[LayerCase] = [
     _weight_norm((32, 16, 3, 3)),
     _weight_norm((3, 20011)),
     _weight_norm((16, 33, 3), dim=1),
-    _weight_norm((129, 40), dim=-1),
+    _weight_norm((129, 40), dim=1),
     _weight_norm((17, 31), dim=None),
     _weight_norm((33, 65), layout="transposed"),
     _stochastic_depth((9, 8, 7, 5), p=0.5),
