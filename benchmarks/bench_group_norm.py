@@ -105,7 +105,8 @@ def _apex(case: Case) -> Function | None:
     from apex.contrib.group_norm import GroupNorm
 
     plain = not case.option("residual") and not case.option("film") and case.option("affine", True)
-    if not plain or case.layout != "channels_last" or case.option("activation") not in (None, "silu"):
+    served = case.layout == "channels_last" and case.dtype != torch.float32
+    if not plain or not served or case.option("activation") not in (None, "silu"):
         return None
     module = GroupNorm(case.option("groups"), case.shape[1], act=case.option("activation") or "").cuda()
 

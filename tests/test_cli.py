@@ -215,6 +215,17 @@ def test_profile_a_model(tmp_path: Path) -> None:
     assert "136 parameters" in result.stdout and "eager step" in result.stdout
 
 
+@pytest.mark.needs("cpp")
+def test_dropped_rows_move_nothing() -> None:
+    """Forward 3 of 4 rows, the residual, the output and the noise; backward 3 rows of the gradient, 4 of its result."""
+    x, noise = torch.ones(4, 10, requires_grad=True), torch.tensor([1.5, 0.0, 1.5, 1.5])
+    residual, row, g = torch.ones(4, 10), 40, torch.ones(4, 10)
+    moved = _profile_bytes.bytes_per_step(
+        lambda: dk.stochastic_depth(x, 0.25, residual=residual, noise=noise).backward(g)
+    )
+    assert moved == {"dlkernels::stochastic_depth_fwd": (3 + 4 + 4) * row + 16 + (3 + 4) * row + 16}
+
+
 def test_kernel_patterns() -> None:
     ops = ["softmax_focal_loss_fwd", "softmax_focal_loss_bwd", "scale_stored_grad"]
     assert _profile_bytes.kernel_pattern(ops) == "softmax_focal"
