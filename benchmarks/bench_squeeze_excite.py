@@ -75,8 +75,8 @@ def bytes_fwd(case: Case) -> int:
 def bytes_bwd(case: Case) -> int:
     """Read the upstream gradient twice and the input once, write the input's gradient.
 
-    An activation behind a residual needs the residual too; what the first sweep writes, the residual's gradient, is what
-    the second one reads in place of the upstream one. The small tensors are read, and their gradients written.
+    An activation behind a residual needs the residual too; the first sweep writes the residual's gradient, which the
+    second one reads in place of the upstream one. The small tensors are read, and their gradients written.
     """
     residual = 2 if case.option("residual") and case.option("residual_activation") else 0
     return (4 + residual) * case.numel * case.itemsize + 2 * _small(case)
