@@ -37,7 +37,7 @@ class Case:
     Args:
         op: public name in dlkernels.
         shape: of the first input: logits, activations, weights.
-        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`, or that of a random gradient).
+        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`; of a layer the gradients for a random one).
         reduction: of a loss; None for a layer.
         targets: "float", "index" or "soft"; what each means is the family's business. None for a layer.
         layout: "contiguous" or "channels_last", of every input that has this shape.
@@ -176,7 +176,11 @@ def make_draws(family: Family, case: Case, device: str, seed: int = 1) -> tuple[
 
 
 def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]) -> timing.Call:
-    """One training step of the op as users write it, on input set i. Returns what a GPU graph has to keep alive."""
+    """One training step on input set i, of a loss as users write it. Returns what a GPU graph has to keep alive.
+
+    A layer hands its gradients to the layers around it: they are not accumulated, which would copy one that is passed
+    through, such as a residual's.
+    """
     if not case.backward:
 
         def forward(i: int) -> Any:
@@ -190,14 +194,15 @@ def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]
     def step(i: int) -> Any:
         for t in wanted[i]:
             t.grad = None
-        out = function(*sets[i])
-        if isinstance(out, Tensor):
-            out.backward(grads[0])
-            return out.detach(), *(t.grad for t in wanted[i])
-        torch.autograd.backward(out, grads)
-        return *(o.detach() for o in out), *(t.grad for t in wanted[i])
+        loss = function(*sets[i])
+        loss.backward(grads[0])
+        return loss.detach(), *(t.grad for t in wanted[i])
 
-    return step
+    def layer_step(i: int) -> Any:
+        outputs = as_tuple(function(*sets[i]))
+        return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, wanted[i], grads)
+
+    return step if case.reduction is not None else layer_step
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
