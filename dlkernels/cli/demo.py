@@ -18,8 +18,8 @@ from ..testing import num_threads
 from . import fail, format_time, need, print_table, quiet
 from ._budget import Parity
 
-STEPS, QUICK_STEPS = 400, 40
-SECONDS, QUICK_SECONDS = 1.2, 0.1  # per timing
+STEPS, QUICK_STEPS = 240, 40
+SECONDS, QUICK_SECONDS = 1.0, 0.1  # per timing
 THRESHOLD = 0.85
 EXAMPLES = """\
 examples:
