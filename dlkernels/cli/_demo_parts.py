@@ -111,7 +111,8 @@ def train(loss: Loss, kind: str, data: Data, steps: int, on_step: Callable[[], N
     optimizer, function = make_optimizer(model), getattr(loss, kind)
     generator = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)  # for the rows that stochastic depth drops
-    marks = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    count = min(EVALUATIONS, max(1, steps // 8))  # a short run is not spent on the test set
+    marks = {round(steps * (i + 1) / count) for i in range(count)}
     for step in range(1, steps + 1):
         index = torch.randint(len(data.train_y), (BATCH,), generator=generator).to(device)
         labels = data.train_y[index]
