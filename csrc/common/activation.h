@@ -36,9 +36,8 @@ struct Sigmoid {
 };
 template <class V>
 DL_INLINE Sigmoid<V> sigmoid_and_rest(V z) {
-  const V e = vexp(-vabs(z));
-  const V large = reciprocal(e + 1.0f), small = e * large;
-  return {select(z < 0.0f, small, large), select(z < 0.0f, large, small)};
+  const V e = vexp(vmin(-z, splat<V>(87.0f))), value = reciprocal(e + 1.0f);
+  return {value, e * value};
 }
 template <class V>
 DL_INLINE V sigmoid(V z) {
@@ -104,7 +103,7 @@ DL_INLINE V slope(V z) {
   if constexpr (A == Activation::kLeakyRelu) return select(z > 0.0f, splat<V>(1), splat<V>(0.01));
   if constexpr (A == Activation::kSilu) {
     const Sigmoid<V> s = sigmoid_and_rest(z);
-    return s.value + z * s.value * s.rest;
+    return s.value * (z * s.rest + splat<V>(1));
   }
   if constexpr (A == Activation::kGelu) {
     const Normal<V> n = normal(z);
@@ -113,7 +112,7 @@ DL_INLINE V slope(V z) {
   if constexpr (A == Activation::kGeluTanh) {
     const Sigmoid<V> s = sigmoid_and_rest(gelu_tanh_argument(z));
     const V inner = z * z * splat<V>(3 * 0.044715 * 1.5957691216057308) + splat<V>(1.5957691216057308);
-    return s.value + z * s.value * s.rest * inner;
+    return s.value * (z * s.rest * inner + splat<V>(1));
   }
   return splat<V>(1);
 }

@@ -10,24 +10,28 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kChunk = 4096;             // values whose second pass is read from the first-level cache
-constexpr int64_t kRows = 64;                // rows of channels_last of which the same holds
-constexpr int64_t kItemBytes = 768 << 10;    // of x, dy and dx together: what an item of channels_last may take
-constexpr int64_t kStashElements = 1 << 17;  // up to this many values of dz are kept between the passes
+constexpr int64_t kChunk = 4096;  // values whose second pass is read from the first-level cache
+constexpr int64_t kRows = 64;     // rows of channels_last summed in float before double takes over
+// Up to this many values of dz are kept between the passes: in dx where it has their precision, else in scratch.
+constexpr int64_t kStashInPlace = 1 << 21, kStashInScratch = 1 << 17;
+
+inline bool stashes_in_scratch(const GroupNormArgs& a) {
+  return a.dx && a.activation && (a.dtype == Float::kFloat16 || a.dtype == Float::kBFloat16);
+}
 
 // [begin, end) of the channels of an item, in one sample.
 struct Item {
   int64_t n, c_begin, c_end;
 };
 
-// Groups per item: one for [N, C, S]; for [N, S, C] as many as the cache holds, a cache line of channels at least.
+// Groups per item: one for [N, C, S]; for [N, S, C] all of them, or fewer to give every thread an item, but at least a
+// cache line of channels, or so few that dz fits the scratch. What a channel's sums are made of does not depend on it.
 inline int64_t groups_per_item(const GroupNormArgs& a) {
   if (!a.channels_last) return 1;
-  const int64_t d = a.c / a.groups, size = size_of(a.dtype);
-  const int64_t bytes = d * a.s * (2 * size + 4);
-  const int64_t line = (64 + d * size - 1) / (d * size);
-  const int64_t fitting = std::min(a.groups, std::max(line, kItemBytes / bytes));
-  const int64_t items = (a.groups + fitting - 1) / fitting;
+  const int64_t bytes = a.c / a.groups * size_of(a.dtype), line = (64 + bytes - 1) / bytes;
+  const int64_t for_threads = a.wanted_items / std::max<int64_t>(1, a.n);
+  const int64_t for_scratch = stashes_in_scratch(a) ? (a.c * a.s + kStashInScratch - 1) / kStashInScratch : 1;
+  const int64_t items = std::max<int64_t>(1, std::min(a.groups / line, std::max(for_threads, for_scratch)));
   return (a.groups + items - 1) / items;
 }
 
@@ -41,6 +45,30 @@ inline Item item_of(const GroupNormArgs& a, int64_t index) {
   const int64_t n = index / items, g = index % items * per;
   return {n, g * d, std::min(a.groups, g + per) * d};
 }
+
+// Scratch of one item: arrays of a value per channel, as long as whole vectors.
+template <class A>
+struct Scratch {
+  int64_t padded;
+  double *first, *second;
+  A *mean, *slope, *offset, *q, *rest;
+  A* stash;  // [values of an item], for half precision
+
+  static int64_t pad(int64_t width) { return (width + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
+  Scratch(void* memory, int64_t width) : padded(pad(width)) {
+    first = static_cast<double*>(memory);
+    second = first + padded;
+    mean = reinterpret_cast<A*>(second + padded);
+    slope = mean + padded;
+    offset = slope + padded;
+    q = offset + padded;
+    rest = q + padded;
+    stash = rest + padded;
+  }
+  static int64_t bytes(int64_t width, int64_t stashed) {
+    return pad(width) * (2 * sizeof(double) + 5 * sizeof(A)) + stashed * static_cast<int64_t>(sizeof(A));
+  }
+};
 
 // slope = weight (1 + scale) and offset = bias (1 + scale) + shift of channel c in sample n.
 template <class A>
@@ -93,54 +121,91 @@ Moments contiguous_moments(const T* x, int64_t n) {
   return all;
 }
 
-// Moments per channel of rows [rows][stride], channels [0, width): accumulators in registers over kRows rows.
-template <class T, int NV>
-DL_INLINE void channel_moments_block(const T* x, int64_t rows, int64_t stride, int64_t left, double before,
-                                     double* mean, double* m2) {
-  using A = typename Lanes<T>::scalar;
-  using V = typename Lanes<T>::vec;
+// f(c, left, whole) for every vector of channels: `whole` is a compile-time constant, and false for the last, partial
+// one.
+struct Whole {
+  static constexpr bool value = true;
+};
+struct Partial {
+  static constexpr bool value = false;
+};
+template <class T, class F>
+DL_INLINE void for_vectors(int64_t width, F f) {
   constexpr int64_t w = Lanes<T>::width;
-  V s[NV], d[NV], q[NV];
-  for (int k = 0; k < NV; ++k) s[k] = d[k] = q[k] = splat<V>(0);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int k = 0; k < NV; ++k) s[k] += load_some(x + r * stride + k * w, left - k * w);
-  for (int k = 0; k < NV; ++k) s[k] = s[k] * splat<V>(1.0 / static_cast<double>(rows));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int k = 0; k < NV; ++k) {
-      const V e = load_some(x + r * stride + k * w, left - k * w) - s[k];
-      d[k] += e;
-      q[k] += e * e;
-    }
-  A sums[NV * w], offs[NV * w], squares[NV * w];
-  for (int k = 0; k < NV; ++k) {
-    store(sums + k * w, s[k]);
-    store(offs + k * w, d[k]);
-    store(squares + k * w, q[k]);
-  }
-  const double count = static_cast<double>(rows), total = before + count;
-  const double share = count / total, cross = before * count / total, inverse = 1 / count;
-  const int64_t channels = std::min<int64_t>(NV * w, left);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double off = offs[c], here = sums[c] + off * inverse, rest = squares[c] - off * off * inverse;
-    const double delta = here - mean[c];
-    mean[c] += delta * share;
-    m2[c] += (rest < 0 ? 0 : rest) + delta * delta * cross;
-  }
+  int64_t c = 0;
+  for (; c + w <= width; c += w) f(c, w, Whole{});
+  if (c < width) f(c, width - c, Partial{});
+}
+template <class T, class W>
+DL_INLINE typename Lanes<T>::vec load_as(W, const T* p, int64_t left) {
+  if constexpr (W::value) return load(p);
+  return load_part(p, left, 0);
+}
+template <class T, class W>
+DL_INLINE void store_as(W, T* p, typename Lanes<T>::vec v, int64_t left) {
+  if constexpr (W::value) return store(p, v);
+  store_part(p, v, left);
 }
 
+// f(row, R) for groups of four rows, then single ones: what belongs to a channel is loaded once for four rows.
+template <int R>
+struct RowGroup {
+  static constexpr int size = R;
+};
+template <class F>
+DL_INLINE void for_row_groups(int64_t begin, int64_t end, F f) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) f(row, RowGroup<4>{});
+  for (; row < end; ++row) f(row, RowGroup<1>{});
+}
+
+// Moments per channel of rows [rows][stride], channels [0, width). A chunk of rows is summed, and its deviations from
+// the chunk's own means while it is in the second-level cache. s.offset, s.q and s.rest are used on the way.
 template <class T>
-void channel_moments(const T* x, int64_t rows, int64_t stride, int64_t width, double* mean, double* m2) {
-  constexpr int64_t w = Lanes<T>::width;
-  std::fill(mean, mean + width, 0.0);
-  std::fill(m2, m2 + width, 0.0);
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    const int64_t count = std::min(kRows, rows - begin);
-    const T* p = x + begin * stride;
-    int64_t c = 0;
-    for (; c + 4 * w <= width; c += 4 * w)
-      channel_moments_block<T, 4>(p + c, count, stride, 4 * w, static_cast<double>(begin), mean + c, m2 + c);
-    for (; c < width; c += w)
-      channel_moments_block<T, 1>(p + c, count, stride, width - c, static_cast<double>(begin), mean + c, m2 + c);
+void channel_moments(const T* x, int64_t rows, int64_t stride, int64_t width,
+                     const Scratch<typename Lanes<T>::scalar>& s) {
+  using A = typename Lanes<T>::scalar;
+  using V = typename Lanes<T>::vec;
+  A *centre = s.offset, *off = s.q, *square = s.rest;
+  double *mean = s.first, *m2 = s.second;
+  const int64_t padded = s.padded, chunk = std::max<int64_t>(16, 32768 / width);
+  for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    const int64_t end = std::min(rows, begin + chunk);
+    const double count = static_cast<double>(end - begin), before = static_cast<double>(begin), inverse = 1 / count;
+    for (int64_t c = 0; c < padded; ++c) centre[c] = off[c] = square[c] = 0;
+    for_row_groups(begin, end, [&](int64_t row, auto group) DL_BODY {
+      constexpr int R = decltype(group)::size;
+      const T* p = x + row * stride;
+      for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
+        V sum = load(centre + c);
+        for (int r = 0; r < R; ++r) sum += load_as(whole, p + r * stride + c, left);
+        store(centre + c, sum);
+      });
+    });
+    for (int64_t c = 0; c < padded; ++c) centre[c] *= static_cast<A>(inverse);
+    for_row_groups(begin, end, [&](int64_t row, auto group) DL_BODY {
+      constexpr int R = decltype(group)::size;
+      const T* p = x + row * stride;
+      for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
+        const V m = load(centre + c);
+        V d = load(off + c), q = load(square + c);
+        for (int r = 0; r < R; ++r) {
+          const V e = load_as(whole, p + r * stride + c, left) - m;
+          d += e;
+          q += e * e;
+        }
+        store(off + c, d);
+        store(square + c, q);
+      });
+    });
+    const double share = count / (before + count), cross = before * share;
+    for (int64_t c = 0; c < width; ++c) {
+      const double o = off[c], here = centre[c] + o * inverse, rest = square[c] - o * o * inverse;
+      const double delta = here - mean[c];
+      mean[c] += delta * share;
+      m2[c] += (rest < 0 ? 0 : rest) + delta * delta * cross;
+    }
   }
 }
 
@@ -155,29 +220,6 @@ inline Moments group_moments(const double* mean, const double* m2, int64_t chann
   }
   return {static_cast<double>(channels * count), centre, rest + static_cast<double>(count) * between};
 }
-
-// Scratch of one item: doubles first, then A values. What is not needed is not touched.
-template <class A>
-struct Scratch {
-  double *first, *second;  // [width] each
-  A *mean, *rstd, *slope, *offset, *q, *rest;
-  A* stash;  // [values of an item], for half precision
-
-  Scratch(void* memory, int64_t width) {
-    first = static_cast<double*>(memory);
-    second = first + width;
-    mean = reinterpret_cast<A*>(second + width);
-    rstd = mean + width;
-    slope = rstd + width;
-    offset = slope + width;
-    q = offset + width;
-    rest = q + width;
-    stash = rest + width;
-  }
-  static int64_t bytes(int64_t width, int64_t stashed) {
-    return width * (2 * sizeof(double) + 6 * sizeof(A)) + stashed * static_cast<int64_t>(sizeof(A));
-  }
-};
 
 }  // namespace CPU_CAPABILITY
 }  // namespace dlkernels

@@ -6,14 +6,15 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-// y of n values under one map; the residual is added before the activation.
+// y of n values under one map; the residual is added before the activation. What lies `ahead` is asked for meanwhile.
 template <class T, Activation K>
 DL_INLINE void forward_run(const T* x, const T* residual, T* y, int64_t n,
-                           const ChannelMap<typename Lanes<T>::vec>& map, bool past_caches) {
+                           const ChannelMap<typename Lanes<T>::vec>& map, bool past_caches, int64_t ahead) {
   using V = typename Lanes<T>::vec;
   constexpr int64_t w = Lanes<T>::width;
   int64_t i = 0;
   for (; i + w <= n; i += w) {
+    prefetch(x + ahead + i, w);
     V z = group_norm_before_activation(load(x + i), map);
     if (residual) z += load(residual + i);
     if (past_caches) {
@@ -46,20 +47,21 @@ void forward_contiguous(const GroupNormArgs& a, const Item& item) {
   for (int64_t c = 0; c < d; ++c) {
     const Affine<A> affine = affine_of<A>(a, item.n, item.c_begin + c);
     const ChannelMap<V> map{splat<V>(m.mean), splat<V>(static_cast<A>(rstd) * affine.slope), splat<V>(affine.offset)};
-    forward_run<T, K>(x + c * a.s, residual ? residual + c * a.s : nullptr, y + c * a.s, a.s, map, past_caches);
+    forward_run<T, K>(x + c * a.s, residual ? residual + c * a.s : nullptr, y + c * a.s, a.s, map, past_caches,
+                      d * a.s);
   }
 }
 
 template <class T, Activation K>
-void forward_channels_last(const GroupNormArgs& a, const Item& item, Scratch<typename Lanes<T>::scalar> s) {
+void forward_channels_last(const GroupNormArgs& a, const Item& item, const Scratch<typename Lanes<T>::scalar>& s) {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
-  constexpr int64_t w = Lanes<T>::width;
   const int64_t width = item.c_end - item.c_begin, d = a.c / a.groups, at = item.n * a.s * a.c + item.c_begin;
+  const int64_t stride = a.c;
   const T* x = static_cast<const T*>(a.x) + at;
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
   T* y = static_cast<T*>(a.y) + at;
-  channel_moments(x, a.s, a.c, width, s.first, s.second);
+  channel_moments(x, a.s, stride, width, s);
   for (int64_t g = 0; g < width / d; ++g) {
     const Moments m = group_moments(s.first + g * d, s.second + g * d, d, a.s);
     const double rstd = reciprocal_std(m, a.eps);
@@ -74,20 +76,22 @@ void forward_channels_last(const GroupNormArgs& a, const Item& item, Scratch<typ
     }
   }
   const bool past_caches = a.stream && may_stream(y, a.c) && width * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  for (int64_t row = 0; row < a.s; ++row) {
-    const int64_t o = row * a.c;
-    for (int64_t c = 0; c < width; c += w) {
-      const int64_t left = width - c;
-      const ChannelMap<V> map{load_some(s.mean + c, left), load_some(s.slope + c, left), load_some(s.offset + c, left)};
-      V z = group_norm_before_activation(load_some(x + o + c, left), map);
-      if (residual) z += load_some(residual + o + c, left);
-      if (past_caches) {
-        stream(y + o + c, activate<K>(z));
-      } else {
-        store_some(y + o + c, activate<K>(z), left);
+  for_row_groups(0, a.s, [&](int64_t row, auto group) DL_BODY {
+    constexpr int R = decltype(group)::size;
+    for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
+      const ChannelMap<V> map{load(s.mean + c), load(s.slope + c), load(s.offset + c)};
+      for (int r = 0; r < R; ++r) {
+        const int64_t i = (row + r) * stride + c;
+        V z = group_norm_before_activation(load_as(whole, x + i, left), map);
+        if (residual) z += load_as(whole, residual + i, left);
+        if (past_caches) {
+          stream(y + i, activate<K>(z));
+        } else {
+          store_as(whole, y + i, activate<K>(z), left);
+        }
       }
-    }
-  }
+    });
+  });
 }
 
 }  // namespace CPU_CAPABILITY

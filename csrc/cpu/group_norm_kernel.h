@@ -33,6 +33,7 @@ struct GroupNormArgs {
   void* da;              // [N, C] float32 (float64): sum dz x_hat
   void* db;              // [N, C]: sum dz
   bool stream;           // write y or dx past the caches
+  int64_t wanted_items;  // how many items would keep all threads busy
 };
 
 // Gradients of the parameters; nullptr where there is none.
