@@ -295,6 +295,7 @@ def test_readme_section(doc: dict[str, Any], tmp_path: Path) -> None:
     report.rewrite_readme(readme, [(tmp_path / "focal_loss.json", doc)])
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| case |" in text
+    assert "### focal_loss\n" in text, "several families share a device"
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must have one"):
         report.rewrite_readme(readme, [])
