@@ -10,6 +10,9 @@
 #include "common/host.h"
 #include "cpu/focal_loss_eager.h"
 #include "cpu/group_norm_eager.h"
+#include "cpu/squeeze_excite_eager.h"
+#include "cpu/stochastic_depth_eager.h"
+#include "cpu/weight_norm_eager.h"
 
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
@@ -58,4 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_group_norm(m);
+  dlkernels::bind_squeeze_excite(m);
+  dlkernels::bind_stochastic_depth(m);
+  dlkernels::bind_weight_norm(m);
 }

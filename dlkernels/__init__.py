@@ -6,7 +6,15 @@ from . import nn, ops
 from ._backend import backend
 from ._info import build_info
 from ._version import __version__
-from .ops import cross_entropy, group_norm, sigmoid_focal_loss, softmax_focal_loss, squeeze_excite
+from .ops import (
+    cross_entropy,
+    group_norm,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+    squeeze_excite,
+    stochastic_depth,
+    weight_norm,
+)
 
 __all__ = [
     "__version__",
@@ -19,4 +27,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "squeeze_excite",
+    "stochastic_depth",
+    "weight_norm",
 ]

@@ -1,4 +1,4 @@
-"""Layers see an input (N, C, d1, ...) as three dimensions in memory order: (N, C, S), or (N, S, C) for channels_last."""
+"""Layers see an input (N, C, d1, ...) as three dimensions in memory order: (N, C, S), or channels_last (N, S, C)."""
 
 from __future__ import annotations
 

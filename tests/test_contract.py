@@ -104,14 +104,23 @@ def se_weights(dtype: torch.dtype, channels: int, hidden: int) -> tuple[Tensor, 
     return tuple(weights(dtype, *shape) for shape in shapes)
 
 
+def drop_factors(dtype: torch.dtype, n: int) -> Tensor:
+    """Some rows dropped, the others each with a factor of its own."""
+    kept = 1.25 + 0.125 * (torch.arange(n) % 7)
+    return torch.where(torch.arange(n) % 3 == 1, 0.0, kept).to(dtype)
+
+
 # The ops --------------------------------------------------------------------------------------------------------------
 
 SIGMOID = ("sigmoid_focal_loss_fwd", "sigmoid_focal_loss_bwd")
 SOFTMAX = ("softmax_focal_loss_fwd", "softmax_focal_loss_bwd")
 STORED = ("scale_stored_grad",)
 GROUP_NORM = ("group_norm_fwd", "group_norm_bwd")
+WEIGHT_NORM = ("weight_norm_fwd", "weight_norm_bwd")
+STOCHASTIC_DEPTH = ("stochastic_depth_fwd",)
 SQUEEZE_EXCITE = ("squeeze_excite_fwd", "squeeze_excite_bwd")
 LAYER: dict[str, Any] = {"reduced": False, "keeps_layout": True, "higher_order": False}
+LINEAR = {"second_derivative_in_float32": "linear in all its inputs: no gradient depends on one"}
 # Arguments of layers that have a gradient beside input and grad_output. A loss's `weight` is a constant.
 PARAMETERS = ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g")
 
@@ -229,7 +238,7 @@ OPS = [
         lambda dtype, n: (logits(dtype, n, 5, 4), logits(dtype, n, 4, 5).mT),
         GROUP_NORM,
         lambda: dk.nn.GroupNorm(1, 5, affine=False, activation="gelu"),
-        image=lambda dtype, n: (logits(dtype, n, 5, 3, 4), logits(dtype, n, 4, 3, 5).mT.transpose(1, 3).mT),
+        image=lambda dtype, n: (logits(dtype, n, 5, 3, 4), logits(dtype, n, 4, 3, 5).transpose(1, 3)),
         wants_grad=(0, 1),
         batched=(0, 1),
         **LAYER,
@@ -280,7 +289,88 @@ OPS = [
         batched=(0,),
         **LAYER,
     ),
+    OpCase(
+        "weight_norm/rows",
+        lambda v, g: dk.weight_norm(v, g),
+        lambda dtype, n: (logits(dtype, n, 7), weights(dtype, n, 1)),
+        WEIGHT_NORM,
+        lambda: _WeightNormed(0),
+        image=lambda dtype, n: (logits(dtype, n, 5, 3, 4), weights(dtype, n, 1, 1, 1)),
+        wants_grad=(0, 1),
+        batched=(0, 1),
+        **LAYER,
+    ),
+    OpCase(
+        "weight_norm/middle",
+        lambda v, g: dk.weight_norm(v, g, 1),
+        lambda dtype, n: (logits(dtype, n, 4, 3), weights(dtype, 1, 4, 1)),
+        WEIGHT_NORM,
+        lambda: _WeightNormed(1),
+        image=lambda dtype, n: (logits(dtype, n, 4, 9, 8), weights(dtype, 1, 4, 1, 1)),
+        wants_grad=(0, 1),
+        batched=(0,),
+        **LAYER,
+    ),
+    OpCase(
+        "weight_norm/whole",
+        lambda v, g: dk.weight_norm(v, g, None),
+        lambda dtype, n: (logits(dtype, n, 5), weights(dtype, 1, 1)),
+        WEIGHT_NORM,
+        lambda: _WeightNormed(None),
+        wants_grad=(0, 1),
+        batched=(0,),
+        **LAYER,
+    ),
+    OpCase(
+        "stochastic_depth/row",
+        lambda x, f: dk.stochastic_depth(x, 0.4, noise=f),
+        lambda dtype, n: (logits(dtype, n, 7), drop_factors(dtype, n)),
+        STOCHASTIC_DEPTH,
+        lambda: _WithNoise(dk.nn.StochasticDepth(0.4)),
+        image=lambda dtype, n: (logits(dtype, n, 5, 3, 4), drop_factors(dtype, n)),
+        not_applicable=LINEAR,
+        **LAYER,
+    ),
+    OpCase(
+        "stochastic_depth/residual",
+        lambda x, f, r: dk.stochastic_depth(x, 0.4, noise=f, residual=r.to(x.dtype)),
+        lambda dtype, n: (logits(dtype, n, 5, 4), drop_factors(dtype, n), logits(dtype, n, 4, 5).mT),
+        STOCHASTIC_DEPTH,
+        lambda: _WithNoise(dk.nn.StochasticDepth(0.4)),
+        image=lambda dtype, n: (
+            *(logits(dtype, n, 5, 3, 4), drop_factors(dtype, n)),
+            logits(dtype, n, 5, 4, 3).mT.contiguous(),
+        ),
+        wants_grad=(0, 2),
+        batched=(0, 1, 2),
+        not_applicable={
+            **LINEAR,
+            "channels_last_in_channels_last_out": "the residual's gradient is the upstream one itself, as it lies",
+        },
+        **LAYER,
+    ),
 ]
+
+
+class _WeightNormed(torch.nn.Module):
+    """The parametrization, called with (v, g): torch has them the other way round."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        layer = dk.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(2, 2, 1), dim=dim)
+        self.weight_norm = layer.parametrizations["weight"][0]
+
+    def forward(self, v: Tensor, g: Tensor) -> Tensor:
+        return self.weight_norm(g, v)
+
+
+class _WithNoise(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, noise: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.layer(x, residual, noise=noise)
 
 
 class _Functional(torch.nn.Module):
@@ -874,7 +964,9 @@ def test_model_under_autocast(op: OpCase, device: torch.device) -> None:
     tensors = [t.detach() for t in inputs(op, device)]
     model = torch.nn.Linear(tensors[0].shape[-1], tensors[0].shape[-1], device=device)
     with torch.autocast(device.type, torch.bfloat16):
-        out = op.call(model(tensors[0]), *tensors[1:])
+        x = model(tensors[0])
+        beside = [t.to(x.dtype) if t.shape == x.shape and t.is_floating_point() else t for t in tensors[1:]]
+        out = op.call(x, *beside)
     out.sum().backward()
     assert model.weight.grad.dtype == torch.float32 and torch.isfinite(model.weight.grad).all()
     assert model.weight.grad.abs().sum() > 0

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "dlkernels"
 FAMILIES = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_"))
 
 # Families whose public names are functions only.
-WITHOUT_MODULES: dict[str, str] = {}
+WITHOUT_MODULES = {"weight_norm": "a parametrization of other modules: dlkernels/nn/utils/parametrizations.py"}
 
 TOP_LEVEL = {
     *("setup.py", "csrc", "dlkernels", "tests", "benchmarks", "README.md"),

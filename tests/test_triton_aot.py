@@ -33,7 +33,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     """Representative ones: every target kind, gamma kind, tile kind and dtype at least once."""
     import triton.language as tl
 
-    from dlkernels.triton import _common, _rows, focal_loss, stored_grad
+    from dlkernels.triton import _common, _rows, focal_loss, stochastic_depth, stored_grad, weight_norm
 
     cases: dict[str, Any] = {}
     scalars = {"normalizer_ptr": "*fp32", "divisor_ptr": "*fp32", "g_ptr": "*fp32", "loss_ptr": "*fp32"}
@@ -104,6 +104,40 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     }  # fmt: skip
     final = {"DIVIDE": True, "BLOCK": 4096, "ACC": tl.float32}
     cases["finalise"] = (_common.finalise_kernel, final_types, final, 8, {})
+
+    def norm(name, dtype, shape, backward, stage=weight_norm.WHOLE, wide=("ldg", "stg")):
+        resident = weight_norm.MAX_RESIDENT_BACKWARD if backward else weight_norm.MAX_RESIDENT
+        p = weight_norm.plan(*shape, resident)
+        assert (p.segments == 1) == (stage == weight_norm.WHOLE), name
+        types = {
+            "v_ptr": POINTERS[dtype], "dw_ptr": POINTERS[dtype], "g_ptr": "*fp32", "norm_ptr": "*fp32",
+            "out_ptr": POINTERS[dtype], "dg_ptr": "*fp32", "partial_ptr": "*fp32", "outer": "i32", "k_vectors": "i32",
+            "b_vectors": "i32", "tiles_b": "i32", "steps": "i32", "segments": "i32",
+        }  # fmt: skip
+        constants = {
+            "K_VECTOR": _rows.vector(shape[1]), "B_VECTOR": _rows.vector(shape[2]), "COLUMNS": shape[2] == 1,
+            "BACKWARD": backward, "STAGE": stage, "BLOCK_A": p.block_a, "BLOCK_K": p.block_k, "BLOCK_B": p.block_b,
+            "BLOCK_S": max(2, 256 // p.block_k), "ACC": tl.float32,
+        }  # fmt: skip
+        width = dict.fromkeys(wide, 1)
+        cases[f"weight norm {name}"] = (weight_norm._weight_norm_kernel, types, constants, p.num_warps, width)
+
+    norm("forward float32 512x4608", "float32", (1, 512, 4608), False)
+    norm("forward bfloat16 256x16384", "bfloat16", (1, 256, 16384), False)
+    norm("backward float32 512x4608", "float32", (1, 512, 4608), True)
+    norm("backward bfloat16 256x8192", "bfloat16", (1, 256, 8192), True)
+    norm("forward float32 256x9", "float32", (1, 256, 9), False, wide=())
+    norm("backward float32 columns 256x4096", "float32", (256, 4096, 1), True)
+    norm("sums float32 4x262144", "float32", (1, 4, 262144), True, weight_norm.SUM, ("ldg",))
+    norm("apply float32 4x262144", "float32", (1, 4, 262144), True, weight_norm.APPLY)
+    norm("apply bfloat16 columns 8192x512", "bfloat16", (8192, 512, 1), False, weight_norm.APPLY, ())
+
+    for dtype in ("float32", "bfloat16"):
+        depth_types = dict.fromkeys(("x_ptr", "f_ptr", "r_ptr", "y_ptr"), POINTERS[dtype])
+        depth_types |= {"vectors": "i32", "blocks": "i32"}
+        depth = {"VECTOR": 8, "HAS_RESIDUAL": True, "BLOCK": stochastic_depth.BLOCK, "ACC": tl.float32}
+        kernel = stochastic_depth._stochastic_depth_kernel
+        cases[f"stochastic depth {dtype}"] = (kernel, depth_types, depth, 4, {"ldg": 2, "stg": 1})
     return cases
 
 
@@ -163,7 +197,7 @@ def bind() -> dict[str, int]:
     driver.set_active(NoDevice())
     jit.JITFunction.run = compile_only
 
-    from dlkernels.triton import focal_loss, stored_grad
+    from dlkernels.triton import focal_loss, stochastic_depth, stored_grad, weight_norm
 
     for dtype, gamma, n in ((torch.float32, 1.5, 3000), (torch.float32, 0.3, 2999), (torch.float64, 2.5, 3000)):
         x, t = torch.zeros(n, 91, dtype=dtype), torch.zeros(n, dtype=torch.int64)
@@ -173,6 +207,11 @@ def bind() -> dict[str, int]:
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, gamma, 0.0, -int(n), False, 1, True, True)
         focal_loss.softmax_focal_loss_bwd(one.expand(n), x, x, x[0], gamma, 0.0, -100)
         stored_grad.scale_stored_grad_(one, x, one)
+        stochastic_depth.stochastic_depth_fwd(x, x[:, 0], x)
+    for rows in (3000, 2992):
+        for dtype in (torch.float32, torch.float64):
+            v, g = torch.zeros(1, rows, 96, dtype=dtype), torch.zeros(rows, dtype=dtype)
+            weight_norm.weight_norm_bwd(v, v, g, weight_norm.weight_norm_fwd(v, g)[1])
     return {name: len(found) for name, found in binaries.items()}
 
 
@@ -214,6 +253,7 @@ def test_launchers_compile_once_per_dtype() -> None:
     binaries = in_subprocess("--bind")
     # Forward and backward, times float32 and float64.
     assert binaries["_sigmoid_focal_kernel"] == binaries["softmax_focal_kernel"] == 4, binaries
+    assert binaries["_stochastic_depth_kernel"] == 2 and binaries["_weight_norm_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.
     assert binaries["count_kernel"] == binaries["finalise_kernel"] == binaries["_scale_kernel"] == 2, binaries
 

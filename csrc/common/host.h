@@ -4,13 +4,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
 
-#include "dtype.h"
+#include "float_kind.h"
 
 namespace dlkernels {
 
@@ -29,21 +31,39 @@ std::string cpu_capability_name();
 #define DL_KERNELS_OF_THIS_MACHINE(foo) foo##_DEFAULT()
 #endif
 
-inline Float float_kind(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Float::kFloat32;
-    case at::kHalf: return Float::kFloat16;
-    case at::kBFloat16: return Float::kBFloat16;
-    case at::kDouble: return Float::kFloat64;
-    default: TORCH_CHECK_TYPE(false, "tensors must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
-  }
-}
-
 // Outputs beyond this size are written past the caches: they would not be found there anyway.
 constexpr int64_t kStreamBytes = int64_t{12} << 20;
 
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Float float_kind(const char* name, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Float::kFloat32;
+    case at::kHalf: return Float::kFloat16;
+    case at::kBFloat16: return Float::kBFloat16;
+    case at::kDouble: return Float::kFloat64;
+    default:
+      TORCH_CHECK_TYPE(false, "`", name, "` must be float32, float16, bfloat16 or float64, got ", x.scalar_type());
+  }
+}
+
+// Dense, with dimension 0 outermost and the channels innermost: torch's channels_last, in any number of dimensions.
+inline bool channels_last(const at::Tensor& x) {
+  if (x.dim() < 3 || x.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (int64_t i = x.dim(); i-- > 0;) {  // channels, then the positions from the last to the first, then dimension 0
+    const int64_t d = i == 0 ? 0 : i == x.dim() - 1 ? 1 : i + 1;
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
+// x in the memory layout of a dense tensor of the same shape: itself where it lies so, else a copy.
+inline at::Tensor in_layout_of(const at::Tensor& like, const at::Tensor& x) {
+  return x.strides() == like.strides() ? x : at::empty_like(like, x.options()).copy_(x);
 }
 
 // A zero-dimensional tensor of the accumulation type.

@@ -2,7 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+
+#include <optional>
+
+#include "host.h"
 
 namespace dlkernels {
 
@@ -12,24 +17,12 @@ struct Rows {
   bool dense = false;  // false: in neither order, so that a copy is needed
 };
 
-// The channels innermost, everything else as if contiguous.
-inline bool is_channels_last(const at::Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t i = x.dim(); i-- > 1;) {
-    const int64_t d = i == x.dim() - 1 ? 1 : i + 1;  // channels, then the positions from the last to the first
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
-}
-
 // x (N, C, d1, ...), of at least two dimensions.
 inline Rows rows_of(const at::Tensor& x) {
   Rows rows{x.size(0), x.size(1)};
   for (int64_t d = 2; d < x.dim(); ++d) rows.s *= x.size(d);
-  const bool contiguous = x.is_contiguous();
-  rows.channels_last = x.dim() > 2 && !contiguous;
-  rows.dense = contiguous || (x.dim() > 2 && is_channels_last(x));
+  rows.channels_last = channels_last(x);
+  rows.dense = rows.channels_last || x.is_contiguous();
   return rows;
 }
 
@@ -53,17 +46,26 @@ inline at::Tensor from_rows(const at::Tensor& y, const at::Tensor& like, const R
   return y.reshape(sizes).movedim(-1, 1);
 }
 
-// `x` in the very strides of `like`: itself, or a copy.
-inline at::Tensor in_layout_of(const at::Tensor& x, const at::Tensor& like) {
-  if (x.strides() == like.strides() || x.numel() == 0) return x;
-  return at::empty_like(like, like.options().dtype(x.scalar_type())).copy_(x);
-}
-
 // A parameter of a layer: its shape, and the dtype of the input or float32 beside half precision; contiguous.
 inline bool fits_parameter(const at::Tensor& p, const at::Tensor& x, at::IntArrayRef sizes) {
   const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   return (p.scalar_type() == x.scalar_type() || (half && p.scalar_type() == at::kFloat)) && p.sizes() == sizes &&
          p.is_contiguous();
+}
+
+// Optional tensors: undefined stands for what is not given.
+using Optional = std::optional<at::Tensor>;
+inline at::Tensor contiguous(const Optional& x) {
+  return x.has_value() && x->defined() ? x->contiguous() : at::Tensor();
+}
+inline const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+inline void* written(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
+inline at::Tensor empty_or_undefined(const at::Tensor& like) {
+  return like.defined() ? at::empty_like(like) : at::Tensor();
+}
+// What an operator returns for a gradient that there is none of.
+inline at::Tensor given(const at::Tensor& x, const at::Tensor& like) {
+  return x.defined() ? x : at::empty({0}, like.options());
 }
 
 }  // namespace dlkernels

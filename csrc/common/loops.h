@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "float_kind.h"
 #include "simd.h"
 
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kChunk = 4096;  // contiguous values whose second pass is read from the first-level cache
+constexpr int64_t kRows = 64;     // rows of channels_last summed in float before double takes over
 
 template <class F>
 auto with_float(Float dtype, F f) {
@@ -65,6 +68,44 @@ DL_INLINE typename Lanes<T>::vec first_lanes(typename Lanes<T>::vec v, int64_t n
     for (int i = 0; i < kFloatLanes; ++i) index[i] = i;
     return index < static_cast<int32_t>(n) ? v : vfloat{};
   }
+}
+
+// f(c, left, whole) for every vector of channels: `whole` is a compile-time constant, and false for the last, partial
+// one.
+struct Whole {
+  static constexpr bool value = true;
+};
+struct Partial {
+  static constexpr bool value = false;
+};
+template <class T, class F>
+DL_INLINE void for_vectors(int64_t width, F f) {
+  constexpr int64_t w = Lanes<T>::width;
+  int64_t c = 0;
+  for (; c + w <= width; c += w) f(c, w, Whole{});
+  if (c < width) f(c, width - c, Partial{});
+}
+template <class T, class W>
+DL_INLINE typename Lanes<T>::vec load_as(W, const T* p, int64_t left) {
+  if constexpr (W::value) return load(p);
+  return load_part(p, left, 0);
+}
+template <class T, class W>
+DL_INLINE void store_as(W, T* p, typename Lanes<T>::vec v, int64_t left) {
+  if constexpr (W::value) return store(p, v);
+  store_part(p, v, left);
+}
+
+// f(row, R) for groups of four rows, then single ones: what belongs to a channel is loaded once for four rows.
+template <int R>
+struct RowGroup {
+  static constexpr int size = R;
+};
+template <class F>
+DL_INLINE void for_row_groups(int64_t begin, int64_t end, F f) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) f(row, RowGroup<4>{});
+  for (; row < end; ++row) f(row, RowGroup<1>{});
 }
 
 // Whether rows of n elements from p on may be written past the caches: whole vectors at aligned addresses.

@@ -118,7 +118,7 @@ struct SigmoidProblem {
     const bool in_order = !classes && elementwise(x, t);
     input = in_order ? x : x.contiguous();
     target = in_order ? t : t.contiguous();
-    args.dtype = float_kind(input);
+    args.dtype = float_kind("input", input);
     args.target_kind = target_kind(target, input);
     args.input = input.const_data_ptr();
     args.target = target.const_data_ptr();
@@ -157,7 +157,7 @@ struct SoftmaxProblem {
     const bool rows_last = channels_last(x) && (!probabilities || t.strides() == x.strides());
     input = rows_last ? x : x.contiguous();
     target = rows_last && probabilities ? t : t.contiguous();
-    args.dtype = float_kind(input);
+    args.dtype = float_kind("input", input);
     args.target_kind = target_kind(target, input);
     args.input = input.const_data_ptr();
     args.target = target.const_data_ptr();
@@ -181,13 +181,6 @@ struct SoftmaxProblem {
     } else {
       valid = static_cast<double>(count_labels(target, 0, args.classes, options.ignore_index));
     }
-  }
-
-  static bool channels_last(const at::Tensor& x) {
-    return x.dim() > 2 && !x.is_contiguous() &&
-           (x.dim() == 3
-                ? x.transpose(1, 2).is_contiguous()
-                : x.is_contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d));
   }
 
   int64_t rows() const { return args.outer * args.inner; }

@@ -17,18 +17,12 @@ const GroupNormKernels& kernels() {
 }
 
 Parameter parameter(const at::Tensor& x) {
-  return x.defined() ? Parameter{x.const_data_ptr(), float_kind(x)} : Parameter{};
+  return x.defined() ? Parameter{x.const_data_ptr(), float_kind("parameter", x)} : Parameter{};
 }
-
-const void* data_or_null(const at::Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
-
-at::Tensor empty_or_undefined(const at::Tensor& like) { return like.defined() ? at::empty_like(like) : at::Tensor(); }
-
-void* written(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
 
 GroupNormArgs arguments(const GroupNormTensors& t, const Rows& rows, const GroupNormOptions& o) {
   GroupNormArgs a{};
-  a.dtype = float_kind(t.x);
+  a.dtype = float_kind("input", t.x);
   a.n = rows.n, a.c = rows.c, a.s = rows.s, a.groups = o.groups;
   a.channels_last = rows.channels_last || rows.s == 1;  // one position: the same memory, and channels fill the vectors
   a.eps = o.eps;
@@ -70,7 +64,7 @@ GroupNormResult group_norm_forward(const GroupNormTensors& t, const Rows& rows, 
 GroupNormGrads group_norm_backward(const at::Tensor& grad_output, const GroupNormTensors& t, const at::Tensor& mean,
                                    const at::Tensor& rstd, const Rows& rows, const GroupNormOptions& o) {
   GroupNormArgs a = arguments(t, rows, o);
-  const at::Tensor dy = in_layout_of(grad_output, t.x);
+  const at::Tensor dy = in_layout_of(t.x, grad_output);
   const bool writes_residual = t.residual.defined() && o.activation != 0;
   const GroupNormGrads out{at::empty_like(t.x),         empty_or_undefined(t.weight),
                            empty_or_undefined(t.bias),  writes_residual ? at::empty_like(t.x) : at::Tensor(),
@@ -95,14 +89,6 @@ GroupNormGrads group_norm_backward(const at::Tensor& grad_output, const GroupNor
 // ------------------------------------------------------------------------------
 
 namespace {
-
-using Optional = std::optional<at::Tensor>;
-
-at::Tensor contiguous(const Optional& x) { return x.has_value() && x->defined() ? x->contiguous() : at::Tensor(); }
-
-at::Tensor given(const at::Tensor& x, const at::Tensor& like) {
-  return x.defined() ? x : at::empty({0}, like.options());
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_fwd(const at::Tensor& input, const Optional& weight,
                                                               const Optional& bias, const Optional& residual,

@@ -78,7 +78,8 @@ DL_INLINE void channel_sums(const BackwardItem<T>& p, int64_t begin, int64_t end
 }
 
 template <class T, Activation K>
-void backward_contiguous(const GroupNormArgs& a, const Item& item, const Scratch<typename Lanes<T>::scalar>& s) {
+void backward_contiguous(const GroupNormArgs& a, const Item& item,
+                         const GroupNormScratch<typename Lanes<T>::scalar>& s) {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   constexpr int64_t w = Lanes<T>::width;
@@ -128,7 +129,8 @@ void backward_contiguous(const GroupNormArgs& a, const Item& item, const Scratch
 }
 
 template <class T, Activation K>
-void backward_channels_last(const GroupNormArgs& a, const Item& item, const Scratch<typename Lanes<T>::scalar>& s) {
+void backward_channels_last(const GroupNormArgs& a, const Item& item,
+                            const GroupNormScratch<typename Lanes<T>::scalar>& s) {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   const int64_t width = item.c_end - item.c_begin, d = a.c / a.groups, at = item.n * a.s * a.c + item.c_begin;

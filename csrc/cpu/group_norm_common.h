@@ -10,8 +10,6 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kChunk = 4096;  // values whose second pass is read from the first-level cache
-constexpr int64_t kRows = 64;     // rows of channels_last summed in float before double takes over
 // Up to this many values of dz are kept between the passes: in dx where it has their precision, else in scratch.
 constexpr int64_t kStashInPlace = 1 << 21, kStashInScratch = 1 << 17;
 
@@ -46,16 +44,16 @@ inline Item item_of(const GroupNormArgs& a, int64_t index) {
   return {n, g * d, std::min(a.groups, g + per) * d};
 }
 
-// Scratch of one item: arrays of a value per channel, as long as whole vectors.
+// GroupNormScratch of one item: arrays of a value per channel, as long as whole vectors.
 template <class A>
-struct Scratch {
+struct GroupNormScratch {
   int64_t padded;
   double *first, *second;
   A *mean, *slope, *offset, *q, *rest;
   A* stash;  // [values of an item], for half precision
 
   static int64_t pad(int64_t width) { return (width + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
-  Scratch(void* memory, int64_t width) : padded(pad(width)) {
+  GroupNormScratch(void* memory, int64_t width) : padded(pad(width)) {
     first = static_cast<double*>(memory);
     second = first + padded;
     mean = reinterpret_cast<A*>(second + padded);
@@ -121,54 +119,16 @@ Moments contiguous_moments(const T* x, int64_t n) {
   return all;
 }
 
-// f(c, left, whole) for every vector of channels: `whole` is a compile-time constant, and false for the last, partial
-// one.
-struct Whole {
-  static constexpr bool value = true;
-};
-struct Partial {
-  static constexpr bool value = false;
-};
-template <class T, class F>
-DL_INLINE void for_vectors(int64_t width, F f) {
-  constexpr int64_t w = Lanes<T>::width;
-  int64_t c = 0;
-  for (; c + w <= width; c += w) f(c, w, Whole{});
-  if (c < width) f(c, width - c, Partial{});
-}
-template <class T, class W>
-DL_INLINE typename Lanes<T>::vec load_as(W, const T* p, int64_t left) {
-  if constexpr (W::value) return load(p);
-  return load_part(p, left, 0);
-}
-template <class T, class W>
-DL_INLINE void store_as(W, T* p, typename Lanes<T>::vec v, int64_t left) {
-  if constexpr (W::value) return store(p, v);
-  store_part(p, v, left);
-}
-
-// f(row, R) for groups of four rows, then single ones: what belongs to a channel is loaded once for four rows.
-template <int R>
-struct RowGroup {
-  static constexpr int size = R;
-};
-template <class F>
-DL_INLINE void for_row_groups(int64_t begin, int64_t end, F f) {
-  int64_t row = begin;
-  for (; row + 4 <= end; row += 4) f(row, RowGroup<4>{});
-  for (; row < end; ++row) f(row, RowGroup<1>{});
-}
-
 // Moments per channel of rows [rows][stride], channels [0, width). A chunk of rows is summed, and its deviations from
 // the chunk's own means while it is in the second-level cache. s.offset, s.q and s.rest are used on the way.
 template <class T>
 void channel_moments(const T* x, int64_t rows, int64_t stride, int64_t width,
-                     const Scratch<typename Lanes<T>::scalar>& s) {
+                     const GroupNormScratch<typename Lanes<T>::scalar>& s) {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   A *centre = s.offset, *off = s.q, *square = s.rest;
   double *mean = s.first, *m2 = s.second;
-  const int64_t padded = s.padded, chunk = std::max<int64_t>(16, 32768 / width);
+  const int64_t padded = s.padded, chunk = std::max<int64_t>(16, std::min<int64_t>(1024, 32768 / width));
   for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t end = std::min(rows, begin + chunk);

@@ -17,7 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Optional = std::optional<at::Tensor>;
 
 struct GroupNormNode : torch::autograd::Function<GroupNormNode> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& weight, const Optional& bias,

@@ -53,7 +53,8 @@ void forward_contiguous(const GroupNormArgs& a, const Item& item) {
 }
 
 template <class T, Activation K>
-void forward_channels_last(const GroupNormArgs& a, const Item& item, const Scratch<typename Lanes<T>::scalar>& s) {
+void forward_channels_last(const GroupNormArgs& a, const Item& item,
+                           const GroupNormScratch<typename Lanes<T>::scalar>& s) {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   const int64_t width = item.c_end - item.c_begin, d = a.c / a.groups, at = item.n * a.s * a.c + item.c_begin;

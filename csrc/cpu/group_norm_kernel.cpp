@@ -11,9 +11,9 @@ static int64_t items(const GroupNormArgs& a) { return a.n * items_per_sample(a);
 
 static int64_t scratch_bytes(const GroupNormArgs& a) {
   const int64_t channels = groups_per_item(a) * (a.c / a.groups), width = a.channels_last ? channels : 0;
-  if (a.dtype == Float::kFloat64) return Scratch<double>::bytes(width, 0);
+  if (a.dtype == Float::kFloat64) return GroupNormScratch<double>::bytes(width, 0);
   const bool stashes = stashes_in_scratch(a) && channels * a.s <= kStashInScratch;
-  return Scratch<float>::bytes(width, stashes ? channels * a.s : 0);
+  return GroupNormScratch<float>::bytes(width, stashes ? channels * a.s : 0);
 }
 
 // f(T, activation tag), for the dtype and the activation at hand.

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/dtype.h"
+#include "../common/float_kind.h"
 
 namespace dlkernels {
 

@@ -1,8 +1,10 @@
 """Modules over `dlkernels.ops`; constructors take the arguments of the modules that they replace."""
 
+from . import utils
 from .focal_loss import CrossEntropyLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 from .group_norm import GroupNorm
 from .squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
+from .stochastic_depth import StochasticDepth, stochastic_depth_rates
 
 __all__ = [
     "CrossEntropyLoss",
@@ -11,4 +13,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
     "SqueezeExcite",
+    "StochasticDepth",
+    "stochastic_depth_rates",
+    "utils",
 ]

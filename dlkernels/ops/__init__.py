@@ -3,6 +3,8 @@
 from .focal_loss import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
 from .group_norm import group_norm
 from .squeeze_excite import squeeze_excite
+from .stochastic_depth import stochastic_depth
+from .weight_norm import weight_norm
 
 __all__ = [
     "cross_entropy",
@@ -10,4 +12,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "squeeze_excite",
+    "stochastic_depth",
+    "weight_norm",
 ]

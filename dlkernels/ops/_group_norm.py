@@ -1,7 +1,7 @@
 """The two operators behind `group_norm`, on (N, C, S) or, with channels_last, (N, S, C).
 
-Forward: (y, mean, rstd), the statistics (N, G) in float32 (float64). Backward: recomputes what lies between x and y from
-x and the statistics; y is never kept, so that whoever gets it may change it in place.
+Forward: (y, mean, rstd), the statistics (N, G) in float32 (float64). Backward: recomputes what lies between x and y
+from x and the statistics; y is never kept, so that whoever gets it may change it in place.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class GroupNorm(FusedFunction):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * 10
-        weight, bias, residual, scale, shift = ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors
+        weight, bias, residual, scale, shift = saved[3:]
         options = (ctx.num_groups, ctx.eps, ctx.activation, ctx.channels_last)
-        dx, dweight, dbias, dresidual, dscale, dshift = GroupNormBackward.call(
-            grad_output, *ctx.saved_tensors, *options
-        )
+        dx, dweight, dbias, dresidual, dscale, dshift = GroupNormBackward.call(grad_output, *saved, *options)
         if ctx.has_residual and residual is None:
             dresidual = grad_output
         given = (weight, bias, dresidual if ctx.has_residual else None, scale, shift)

@@ -45,8 +45,9 @@ class SqueezeExcite(FusedFunction):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         if grad_output is None:
             return (None,) * 10
-        w1, b1, _, b2, residual = ctx.saved_tensors[4:]
-        dx, dw1, db1, dw2, db2, dresidual = SqueezeExciteBackward.call(grad_output, *ctx.saved_tensors, *ctx.options)
+        saved = ctx.saved_tensors
+        w1, b1, _, b2, residual = saved[4:]
+        dx, dw1, db1, dw2, db2, dresidual = SqueezeExciteBackward.call(grad_output, *saved, *ctx.options)
         if ctx.has_residual and residual is None:
             dresidual = grad_output
         return (

@@ -23,7 +23,7 @@ def squeeze_excite(
     residual_activation: int,
 ) -> Tensor:
     """x (N, C, d1, ...), w1 (R, C), w2 (C, R); without w1 one layer, w2 (C, C). Returns the dtype of x."""
-    z = compute(x).flatten(2).mean(2)
+    z = compute(x).flatten(2).mean(2) if x.dim() > 2 else compute(x)
     if w1 is not None:
         z = activate(F.linear(z, compute(w1), None if b1 is None else compute(b1)), activation)
     e = gate(F.linear(z, compute(w2), None if b2 is None else compute(b2)), gate_kind)

@@ -1,4 +1,4 @@
-// Storage types by name, for the arguments that the host side hands to the loops: no torch, no instruction set.
+// The floating storage types, named: what the host side tells the loops of each instruction set.
 #pragma once
 
 #include <cstdint>

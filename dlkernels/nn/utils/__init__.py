@@ -1,0 +1,5 @@
+"""What `torch.nn.utils` holds, on fused ops."""
+
+from . import parametrizations
+
+__all__ = ["parametrizations"]
