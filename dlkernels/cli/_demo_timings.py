@@ -113,10 +113,8 @@ def _layer_call(module: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
     leaves = [*inputs, *module.parameters()]
     grad_output = torch.randn_like(tensors[0])
 
-    def call() -> None:
-        for t in leaves:
-            t.grad = None
-        module(*inputs).backward(grad_output)
+    def call() -> None:  # computed, not accumulated: a residual's gradient, passed through, is not copied
+        torch.autograd.grad(module(*inputs), leaves, grad_output)
 
     return call
 
