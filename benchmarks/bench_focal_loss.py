@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,8 +165,7 @@ PEERS = (
 
 
 def both(op: str, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> list[Case]:
-    """The case with its backward pass, and its forward pass alone under no_grad."""
-    return [Case(op, shape, *args, direction=direction, **kwargs) for direction in ("fwd+bwd", "fwd")]
+    return harness.both(Case(op, shape, *args, **kwargs))
 
 
 RETINANET = (12137, 91)

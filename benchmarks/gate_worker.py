@@ -13,14 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import bench_focal_loss
+import bench_group_norm
+import bench_squeeze_excite
+import bench_stochastic_depth
+import bench_weight_norm
 import guard
 import report
 import timing
 import torch
-from harness import Case, Family, evaluate, make_call, make_inputs, run_case
+from harness import Case, Family, make_call, make_inputs, run_case
+from parity import as_tuple, evaluate
 from torch import Tensor
 
-FAMILIES: list[Family] = [bench_focal_loss.FAMILY]
+FAMILIES: list[Family] = [
+    bench.FAMILY
+    for bench in (
+        bench_focal_loss, bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth
+    )
+]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -49,8 +59,7 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
     """No synchronisation; a captured step, replayed on other inputs, gives the eager results of these inputs."""
     function = family.ours(case)
     static, other = (make_inputs(family, case, gpu.device, seed) for seed in (1, 2))
-    expected = evaluate(case, function, other)
-    again = evaluate(case, function, other)
+    expected, again = ([t for part in evaluate(case, function, other) for t in part] for _ in range(2))
     call = make_call(case, function, [static])
     with torch.set_grad_enabled(case.backward):
         gpu.warm(lambda: call(0))
@@ -63,10 +72,9 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
                 target.copy_(source)
         graph.replay()
         gpu.synchronize()
-    kept = graph.kept if isinstance(graph.kept, tuple) else (graph.kept, None)
-    pairs = [(a, b) for a, b in zip(kept, expected, strict=True) if b is not None]
+    pairs = list(zip(as_tuple(graph.kept), expected, strict=True))
     error = max(_difference(a, b) for a, b in pairs)
-    repeatable = all(torch.equal(a, b) for a, b in zip(expected, again, strict=True) if a is not None)
+    repeatable = all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
     return {"case": case.name, "error": error, "bitwise": all(torch.equal(a, b) for a, b in pairs),
             "repeatable": repeatable, "passed": error <= 1e-6 and repeatable}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a benchmark declares (Family, Case), and how one case is checked against float64 and measured."""
+"""What a benchmark declares (Family, Case), and how one case is measured once parity.py has checked it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import timing  # noqa: E402
+from parity import OURS, as_tuple, check, evaluate, upstream  # noqa: E402
 
-import dlkernels as dk  # noqa: E402
-from dlkernels.testing import error_budget, relative_error  # noqa: E402
-
-OURS = "dlkernels"
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 FULL = os.environ.get("FULL", "0") not in ("", "0")
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # of the inputs, to a tensor or a sequence of tensors
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,11 @@ class Case:
 
     Args:
         op: public name in dlkernels.
-        shape: of the logits.
-        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`).
-        targets: "float", "index" or "soft"; what each means is the family's business.
-        layout: "contiguous" or "channels_last".
+        shape: of the first input: logits, activations, weights.
+        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`; of a layer the gradients for a random one).
+        reduction: of a loss; None for a layer.
+        targets: "float", "index" or "soft"; what each means is the family's business. None for a layer.
+        layout: "contiguous" or "channels_last", of every input that has this shape.
         options: further arguments of the op, as (name, value) pairs.
         loss_scale: the gradient that arrives at the loss, as from a GradScaler.
     """
@@ -50,8 +49,8 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     direction: str = "fwd+bwd"
-    reduction: str = "mean"
-    targets: str = "index"
+    reduction: str | None = "mean"
+    targets: str | None = "index"
     layout: str = "contiguous"
     options: tuple[tuple[str, Any], ...] = ()
     loss_scale: float = 1.0
@@ -71,8 +70,9 @@ class Case:
     @property
     def name(self) -> str:
         """`cross_entropy 4096x1000 fp32 mean fwd+bwd`, plus what is unusual."""
-        words = [self.op, "x".join(map(str, self.shape)), DTYPE_NAMES[self.dtype], self.reduction]
-        words += [] if self.targets == "index" else [f"{self.targets}-targets"]
+        words = [self.op, "x".join(map(str, self.shape)), DTYPE_NAMES[self.dtype]]
+        words += [] if self.reduction is None else [self.reduction]
+        words += [] if self.targets in ("index", None) else [f"{self.targets}-targets"]
         words += [] if self.layout == "contiguous" else [self.layout]
         words += [f"{k}={v}" for k, v in self.options]
         words += [] if self.loss_scale == 1.0 else [f"loss-scale={self.loss_scale:g}"]
@@ -80,6 +80,17 @@ class Case:
 
     def option(self, name: str, default: Any = None) -> Any:
         return dict(self.options).get(name, default)
+
+
+def layer(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, direction: str = "fwd+bwd",
+          layout: str = "contiguous", **options: Any) -> Case:  # fmt: skip
+    """The case of a layer: neither a reduction nor targets."""
+    return Case(op, shape, dtype, direction, None, None, layout, tuple(options.items()))
+
+
+def both(case: Case) -> list[Case]:
+    """The case with its backward pass, and its forward pass alone under no_grad."""
+    return [replace(case, direction=direction) for direction in ("fwd+bwd", "fwd")]
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,11 @@ class Family:
     """The declarations of one bench_<family>.py.
 
     Args:
-        inputs: (case, device, generator) -> tensors; the first one takes the gradient.
-        ours, eager: case -> function of these tensors to the loss.
+        inputs: (case, device, generator) -> tensors.
+        ours, eager: case -> function of these tensors to the loss, or to the output or outputs of a layer.
+        grads: how many of the tensors, from the first on, take gradients: the logits of a loss, a layer's input and
+            parameters. None: all.
+        draws: further inputs for the check against float64 only: what a random op draws by itself when it is timed.
         bytes_fwd, bytes_bwd: minimal bytes of each direction, the `Traffic` lines of the kernels.
     """
 
@@ -131,6 +145,8 @@ class Family:
     gpu_cases: Sequence[Case] = ()  # added on a GPU, which the others do not fill
     gate_cases: Sequence[Case] = ()  # small ones: sanitizers, capture
     traffic_cases: Sequence[Case] = ()  # one large per kernel: ncu
+    grads: Callable[[Case], int | None] = lambda case: 1
+    draws: Callable[[Case, str, torch.Generator], tuple[Tensor, ...]] = lambda case, device, generator: ()
 
     def bytes(self, case: Case) -> int:
         return self.bytes_fwd(case) + (self.bytes_bwd(case) if case.backward else 0)
@@ -144,23 +160,27 @@ def generator(device: str, seed: int = 0) -> torch.Generator:
 
 
 def make_inputs(family: Family, case: Case, device: str, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs; the first requires a gradient when the case has a backward pass."""
-    x, *rest = family.inputs(case, device, generator(device, seed))
+    """Random inputs; those that take gradients require them when the case has a backward pass."""
+    tensors = list(family.inputs(case, device, generator(device, seed)))
     if case.layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x.detach().requires_grad_(case.backward), *rest
+        form = FORMATS[len(case.shape)]
+        tensors = [t.contiguous(memory_format=form) if t.shape == case.shape else t for t in tensors]
+    if case.backward:
+        for t in tensors[: family.grads(case)]:
+            t.requires_grad_(True)
+    return tuple(tensors)
 
 
-def upstream(case: Case, loss: Tensor, seed: int = 99) -> Tensor | None:
-    """The gradient that arrives at the loss: None (= 1), the loss scale, or random for reduction="none"."""
-    if loss.dim() > 0:
-        g = torch.randn(loss.shape, generator=generator(loss.device.type, seed), device=loss.device)
-        return g.to(loss.dtype)
-    return None if case.loss_scale == 1.0 else torch.full_like(loss, case.loss_scale)
+def make_draws(family: Family, case: Case, device: str, seed: int = 1) -> tuple[Tensor, ...]:
+    return family.draws(case, device, generator(device, seed))
 
 
 def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]) -> timing.Call:
-    """One training step of the loss as users write it, on input set i. Returns what a GPU graph has to keep alive."""
+    """One training step on input set i, of a loss as users write it. Returns what a GPU graph has to keep alive.
+
+    A layer hands its gradients to the layers around it: they are not accumulated, which would copy one that is passed
+    through, such as a residual's.
+    """
     if not case.backward:
 
         def forward(i: int) -> Any:
@@ -168,74 +188,21 @@ def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]
 
         return forward
     with torch.enable_grad():
-        g = upstream(case, function(*sets[0]).detach())
+        grads = upstream(case, as_tuple(function(*sets[0])))
+    wanted = [[t for t in tensors if t.requires_grad] for tensors in sets]
 
     def step(i: int) -> Any:
-        tensors = sets[i]
-        x = tensors[0]
-        x.grad = None
-        loss = function(*tensors)
-        loss.backward(g)
-        return loss.detach(), x.grad
+        for t in wanted[i]:
+            t.grad = None
+        loss = function(*sets[i])
+        loss.backward(grads[0])
+        return loss.detach(), *(t.grad for t in wanted[i])
 
-    return step
+    def layer_step(i: int) -> Any:
+        outputs = as_tuple(function(*sets[i]))
+        return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, wanted[i], grads)
 
-
-# Correctness on the very inputs that are timed ------------------------------------------------------------------------
-
-
-def evaluate(case: Case, function: Function, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    x = tensors[0].detach().requires_grad_(case.backward)
-    with torch.set_grad_enabled(case.backward):
-        loss = function(x, *tensors[1:])
-        if not case.backward:
-            return loss, None
-        (grad,) = torch.autograd.grad(loss, x, upstream(case, loss))
-    return loss.detach(), grad
-
-
-def in_float64(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.detach().double() if t.is_floating_point() else t for t in tensors)
-
-
-def check(family: Family, case: Case, candidates: dict[str, Function], tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Errors of every candidate against the float64 reference; ours has to stay in the error budget (design.md).
-
-    The reference itself is held to the formula that people write, in float64. Candidates other than ours are held to a
-    loose bound: a peer that computes something else is not compared.
-    """
-    exact = in_float64(tensors)
-    with dk.backend("reference"):
-        truth = evaluate(case, family.ours(case), exact)
-    agree = max(_errors(evaluate(case, family.eager(case), exact), truth))
-    values = {name: evaluate(case, function, tensors) for name, function in candidates.items()}
-    errors = {name: _errors(value, truth) for name, value in values.items()}
-    failures = [] if agree < 1e-9 else [f"the float64 reference and the eager formula differ by {agree:.1e}"]
-    for what, ours, eager, exact_value in zip(("loss", "gradient"), values[OURS], values["eager"], truth, strict=True):
-        if ours is None or exact_value is None:
-            continue
-        if ours.shape != exact_value.shape or not torch.isfinite(ours).all():
-            failures.append(f"{what}: shape {tuple(ours.shape)} or values not finite")
-            continue
-        error, budget = (
-            relative_error(ours, exact_value),
-            error_budget(exact_value, eager, ours.dtype, scalar=ours.dim() == 0),
-        )
-        if not error <= budget:
-            failures.append(f"{what} error {error:.1e} > {budget:.1e}")
-    loose = 1e-4 if case.dtype == torch.float32 else 0.05
-    return {
-        "errors": {n: dict(zip(("loss", "grad"), e, strict=True)) for n, e in errors.items()},
-        "failures": failures,
-        "not_same": {n: max(e) for n, e in errors.items() if n not in (OURS, "eager") and not max(e) < loose},
-    }
-
-
-def _errors(value: tuple[Tensor | None, ...], truth: tuple[Tensor | None, ...]) -> list[float]:
-    pairs = zip(value, truth, strict=True)
-    return [
-        0.0 if t is None or v is None else relative_error(v, t) if v.shape == t.shape else math.inf for v, t in pairs
-    ]
+    return step if case.reduction is not None else layer_step
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -294,7 +261,7 @@ def run_case(
         tensors = make_inputs(family, case, device)
         record = _describe(family, case, absent)
         dropped = _drop_failing(case, functions, tensors)
-        record["correct"] = verdict = check(family, case, functions, tensors)
+        record["correct"] = verdict = check(family, case, functions, tensors, make_draws(family, case, device))
         for name, error in verdict["not_same"].items():
             del functions[name]
             dropped[name] = f"result differs by {error:.1e}: not measured"
@@ -341,7 +308,7 @@ def _measure_cpu(case, functions, tensors, record, budget_s) -> dict[str, list[f
     samples = timing.interleave(calls | {"copy": lambda _: dst.copy_(src)}, budget_s)
     record["copy_gbps"] = record["bytes"] / min(samples.pop("copy")) / 1e9  # in turn with the rest: same noise
     for name, call in calls.items():
-        tensors[0].grad = None
+        _forget_grads(tensors)
         record["candidates"][name] = timing.summary(samples[name]) | {"peak_bytes": timing.peak_bytes_cpu(call)}
         record["candidates"][name]["time_us"] = record["candidates"][name]["min_us"]
     return samples
@@ -353,9 +320,9 @@ def _measure_gpu(family, case, functions, record, gpu) -> dict[str, list[float]]
     calls = {name: make_call(case, function, sets) for name, function in functions.items()}
     peaks = {}
     for name, call in calls.items():
-        sets[0][0].grad = None
+        _forget_grads(sets[0])
         call(0)  # lazy workspaces first
-        sets[0][0].grad = None
+        _forget_grads(sets[0])
         peaks[name] = gpu.peak_bytes(call)
     latency = timing.call_latency(gpu, calls, count)
     samples, failed = timing.device_time(gpu, calls, count)
@@ -369,6 +336,11 @@ def _measure_gpu(family, case, functions, record, gpu) -> dict[str, list[float]]
             entry["why_no_device_time"] = failed[name]
         record["candidates"][name] = entry
     return samples
+
+
+def _forget_grads(tensors: tuple[Tensor, ...]) -> None:
+    for t in tensors:
+        t.grad = None
 
 
 def _rate(record: dict[str, Any], curve: list[tuple[int, float]]) -> None:

@@ -292,8 +292,8 @@ def _show_rows(rows: list[list[str]], title: str) -> None:
 
 
 def markdown(doc: dict[str, Any], directory: Path | None = None) -> str:
-    """One device's section: machine, conclusion, plots, table with its losing rows."""
-    lines = [f"**{machine(doc)}**: {conclusion(doc)}.", ""]
+    """One family's section on one device: machine, conclusion, plots, table with its losing rows."""
+    lines = [f"### {doc['family']}", "", f"**{machine(doc)}**: {conclusion(doc)}.", ""]
     if directory is not None:
         lines += [
             f"![{p.stem}]({os.path.relpath(p, ROOT)})" for p in sorted(directory.glob(f"{doc['family']}_*.png"))

@@ -22,6 +22,10 @@ SAMPLES = Path(__file__).parent / "benchmark_samples"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_focal_loss  # noqa: E402
+import bench_group_norm  # noqa: E402
+import bench_squeeze_excite  # noqa: E402
+import bench_stochastic_depth  # noqa: E402
+import bench_weight_norm  # noqa: E402
 import gate_parsers  # noqa: E402
 import gate_worker  # noqa: E402
 import guard  # noqa: E402
@@ -31,6 +35,8 @@ import timing  # noqa: E402
 
 FAMILY = bench_focal_loss.FAMILY
 DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_cases, *FAMILY.traffic_cases]
+LAYERS = [bench.FAMILY for bench in (bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth)]
+GROUPS = ("cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases")
 needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 
@@ -51,10 +57,20 @@ def test_cases_declare_bytes(case: harness.Case) -> None:
     assert FAMILY.bytes(case) == FAMILY.bytes_fwd(case) + case.backward * FAMILY.bytes_bwd(case)
 
 
-@pytest.mark.parametrize("group", ["cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases"])
-def test_names_tell_cases_apart(group: str) -> None:
-    names = [case.name for case in getattr(FAMILY, group)]
-    assert len(names) == len(set(names))
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("family", [FAMILY, *LAYERS], ids=lambda family: family.name)
+def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
+    names = [case.name for case in getattr(family, group)]
+    assert names and len(names) == len(set(names))
+
+
+def test_names_are_those_of_the_committed_results() -> None:
+    """A renamed case could not be compared with what was measured before."""
+    for path in (BENCHMARKS / "results").glob("*/*.json"):
+        bench = {family.name: family for family in (FAMILY, *LAYERS)}.get(path.stem)
+        if bench is not None and path.parent.name != "local":
+            measured = {record["name"] for record in json.loads(path.read_text())["records"]}
+            assert measured <= {case.name for case in bench.selected("cuda", full=True)}, path
 
 
 def test_minimal_bytes_of_known_cases() -> None:
@@ -62,6 +78,44 @@ def test_minimal_bytes_of_known_cases() -> None:
     assert FAMILY.bytes(case) == 2 * 4096 * 1000 * 4 + 4096 * 8 + 4, "logits read, gradient written, labels read, loss"
     sigmoid = harness.Case("sigmoid_focal_loss", (10, 10), torch.bfloat16, targets="float", reduction="none")
     assert FAMILY.bytes(sigmoid) == 400 + 400 + (400 + 400 + 200), "loss in fp32; backward reads all again"
+
+
+@pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)
+def test_layers_declare_bytes(family: harness.Family) -> None:
+    """Every tensor that must be read or written at least once; the name says what kind of case it is."""
+    for case in (case for group in GROUPS for case in getattr(family, group)):
+        size = case.numel * case.itemsize
+        passes = 1 if family.name == "stochastic_depth" else 2  # a dropped row is not read
+        assert passes * size < family.bytes_fwd(case) < 6 * size + 4096 * 4096, case.name
+        assert passes * size < family.bytes_bwd(case), case.name
+        words = case.name.split()
+        assert words[:2] == [family.name, "x".join(map(str, case.shape))] and "None" not in words, case.name
+
+
+def test_minimal_bytes_of_known_layers() -> None:
+    layer, groups, squeeze, weight, depth = harness.layer, *LAYERS
+    x = 2 * 6 * 35 * 4
+    case = layer("group_norm", (2, 6, 5, 7), groups=3)
+    assert groups.bytes(case) == 5 * x + 3 * (2 * 6 * 4 + 8 * 2 * 3), "2 + 3 passes; weight, bias, statistics"
+    case = layer("group_norm", (2, 6, 5, 7), groups=3, activation="relu", residual=True, affine=False)
+    assert groups.bytes(case) == 8 * x + 3 * 8 * 2 * 3, "x, r -> y; dy, x, r -> dx, dr"
+    case = layer("squeeze_excite", (2, 6, 5, 7), hidden=2)
+    assert squeeze.bytes(case) == 7 * x + 3 * (4 * (2 * 6 * 2 + 8) + 4 * 2 * (2 * 6 + 2)), "3 + 4 passes"
+    case = layer("weight_norm", (7, 33))
+    assert weight.bytes(case) == 5 * 7 * 33 * 4 + 7 * (4 + 4 + 8 + 4), "2 + 3 passes; g, norms"
+    case = layer("stochastic_depth", (8, 10), p=0.5, residual=True)
+    assert depth.bytes(case) == 4 * 80 * 2.5 + 4 * 80 * 1.5, "half of x, r -> y; half of dy -> dx"
+
+
+@pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)
+def test_layer_inputs(family: harness.Family) -> None:
+    for case in family.gate_cases:
+        tensors = harness.make_inputs(family, case, "cpu")
+        assert all(t.dtype == case.dtype and (t.numel() == 1 or t.double().std() > 0) for t in tensors), case.name
+        assert [t.requires_grad for t in tensors] == [i < (family.grads(case) or 99) for i in range(len(tensors))]
+        if case.layout == "channels_last":
+            like = [t for t in tensors if t.shape == case.shape]
+            assert all(t.is_contiguous(memory_format=harness.FORMATS[t.dim()]) for t in like), case.name
 
 
 @pytest.mark.parametrize("case", FAMILY.gate_cases, ids=lambda case: case.name)
@@ -107,6 +161,55 @@ def test_a_candidate_that_computes_something_else_is_not_compared() -> None:
     case = harness.Case("sigmoid_focal_loss", (64, 64), targets="float")
     record, _ = harness.run_case(family, case, "cpu", CURVE, budget_s=0.05, compile=False)
     assert "other" not in record["candidates"] and "differs" in record["dropped"]["other"]
+
+
+def _with(family: harness.Family, **changes: Any) -> harness.Family:
+    return harness.Family(**{f: getattr(family, f) for f in family.__dataclass_fields__} | changes)
+
+
+def test_a_layer_is_measured_with_all_its_gradients() -> None:
+    family, case = LAYERS[0], harness.layer("group_norm", (2, 6, 5, 7), groups=3, residual=True, film=True)
+    record, samples = harness.run_case(_with(family, peers=()), case, "cpu", CURVE, budget_s=0.02, compile=False)
+    assert record["refused"] == "" and samples.keys() == {"eager", "dlkernels"}
+    assert record["correct"]["errors"]["dlkernels"].keys() == {"output", "grad"}
+    tensors = harness.make_inputs(family, case, "cpu")
+    out, *grads = harness.make_call(case, family.ours(case), [tensors])(0)
+    assert out.shape == case.shape and [g.shape for g in grads] == [t.shape for t in tensors] and len(grads) == 6
+
+
+def test_several_outputs() -> None:
+    """What weight_norm's case of a whole network is made of: pairs of tensors in, a list of tensors out."""
+    case = harness.layer("pairs", (6,))
+    pairs = _with(
+        LAYERS[2], peers=(), bytes_fwd=lambda c: 96, bytes_bwd=lambda c: 96,
+        inputs=lambda c, device, g: tuple(torch.rand(3, generator=g) for _ in range(4)),
+        ours=lambda c: lambda a, b, c, d: [a * b, c / d], eager=lambda c: lambda a, b, c, d: [a * b, c / d],
+    )  # fmt: skip
+    record, _ = harness.run_case(pairs, case, "cpu", CURVE, budget_s=0.02, compile=False)
+    assert record["refused"] == ""
+    off = _with(pairs, ours=lambda c: lambda a, b, c, d: [a * b, c / d * (1 if d.dtype == torch.float64 else 1.001)])
+    record, _ = harness.run_case(off, case, "cpu", CURVE, budget_s=0.02, compile=False)
+    for what in ("output 1 error", "gradient 2 error", "gradient 3 error"):
+        assert what in record["refused"]
+    assert "output error" not in record["refused"] and "gradient 1 error" not in record["refused"]
+
+
+def test_a_random_layer_is_checked_on_one_draw() -> None:
+    """Given to all candidates in the check, drawn by each in the timing."""
+    given = []
+
+    def drop(case: harness.Case) -> Any:
+        def function(x: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+            given.append(noise is not None)
+            return residual + x * (torch.bernoulli(torch.full((4, 1), 0.5)) * 2 if noise is None else noise)
+
+        return function
+
+    case = harness.layer("stochastic_depth", (4, 8), p=0.5, residual=True)
+    family = _with(LAYERS[3], peers=(), ours=drop, eager=drop)
+    record, samples = harness.run_case(family, case, "cpu", CURVE, budget_s=0.02, compile=False)
+    assert record["refused"] == "" and samples
+    assert given[:4] == [True] * 4 and not any(given[4:])
 
 
 def test_absent_peers_are_listed() -> None:
@@ -192,6 +295,7 @@ def test_readme_section(doc: dict[str, Any], tmp_path: Path) -> None:
     report.rewrite_readme(readme, [(tmp_path / "focal_loss.json", doc)])
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| case |" in text
+    assert "### focal_loss\n" in text, "several families share a device"
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must have one"):
         report.rewrite_readme(readme, [])
@@ -346,7 +450,7 @@ def test_gate_rehearses(tmp_path: Path) -> None:
         "benchmarks/gpu_gate.py",
         "--rehearse",
         "--limit",
-        "2",
+        "1",
         "--out",
         str(tmp_path),
         STAGES="graph,bench,ncu,sanitize,report",
@@ -357,8 +461,11 @@ def test_gate_rehearses(tmp_path: Path) -> None:
     assert {name: entry["status"] for name, entry in gate["stages"].items()} == dict.fromkeys(
         ["graph", "bench", "ncu", "sanitize", "report"], "passed"
     )
-    assert len(list(tmp_path.iterdir())) <= 8
-    assert len(json.loads((tmp_path / "focal_loss.json").read_text())["records"]) == 2
+    families = {family.name for family in gate_worker.FAMILIES}
+    assert families == {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert len(list(tmp_path.iterdir())) <= 2 + 3 * len(families), "gate.json, gate.log; JSON and two plots each"
+    for family in families:
+        assert len(json.loads((tmp_path / f"{family}.json").read_text())["records"]) == 1
 
 
 def test_gate_refuses_unknown_stages() -> None:
@@ -387,4 +494,5 @@ def test_a_failing_case_does_not_end_a_stage(tmp_path: Path) -> None:
 
     assert gate_worker.run_each(fail_first, lambda family: family.gate_cases, tmp_path / "rows.json", 3) == 1
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [r["passed"] for r in rows] == [False, True, True] and "boom" in rows[0]["why"]
+    assert [r["passed"] for r in rows] == [False] + [True] * (3 * len(gate_worker.FAMILIES) - 1)
+    assert "boom" in rows[0]["why"]

@@ -7,19 +7,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dlkernels as dk
 from dlkernels.__main__ import main
-from dlkernels.cli import _demo_parts, _profile_bytes
-from dlkernels.cli._budget import Sample, compare
-from dlkernels.cli._cases import CASES
+from dlkernels.cli import _demo_model, _demo_parts, _profile_bytes
+from dlkernels.cli._budget import Sample, compare, value_and_grads
+from dlkernels.cli._layer_cases import LayerCase
+from dlkernels.cli.check import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
+LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy")
+LAYERS = ("group_norm", "squeeze_excite", "weight_norm", "stochastic_depth")
 
 
 def cli(*arguments: str, before: str = "", timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -48,6 +53,8 @@ def test_info() -> None:
     for text in (f"torch       {torch.__version__}", "python", "extension", "triton", "Active backend"):
         assert text in result.stdout
     assert "softmax_focal_loss (fwd, bwd)" in result.stdout and "no CUDA device is visible" in result.stdout
+    for op in LAYERS:
+        assert op in result.stdout
 
 
 def test_info_json() -> None:
@@ -72,7 +79,7 @@ def test_check() -> None:
     result = cli("check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"PASS: {3 * len(CASES)} cases, 0 failures" in result.stdout
-    for op in ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy"):
+    for op in (*LOSSES, *LAYERS):
         assert op in result.stdout
 
 
@@ -88,6 +95,35 @@ def test_check_fails_on_a_wrong_loss() -> None:
     assert "FAIL cross_entropy on cpu, float32: 129x10 indices reduction=mean: gradient error" in result.stdout
     assert "RuntimeError: no such kernel" in result.stdout
     assert "FAIL sigmoid_focal_loss" not in result.stdout
+
+
+def test_check_fails_on_a_wrong_parameter_gradient(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and input's gradient right, the bias's off by 1e-4: an error in any gradient counts."""
+    right = dk.group_norm
+
+    def wrong(input: torch.Tensor, num_groups: int, *, bias: torch.Tensor | None = None, **rest: Any) -> torch.Tensor:
+        bias = bias if bias is None else bias + 1e-4 * (bias - bias.detach())
+        return right(input, num_groups, bias=bias, **rest)
+
+    monkeypatch.setattr(dk, "group_norm", wrong)
+    assert main(["check", "--device", "cpu", "--dtype", "float32", "--op", "group_norm", "--op", "weight_norm"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL group_norm on cpu, float32: 2x32x17x13 affine num_groups=8: gradient error 1.0" in printed
+    assert "FAIL weight_norm" not in printed and "2x32x17x13 num_groups=32 eps=0.001" not in printed, "it has no bias"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in LAYERS], ids=lambda c: f"{c.op} {c.name}")
+def test_layer_cases_differentiate_everything(case: LayerCase) -> None:
+    """Every tensor but the fixed noise is an input that takes a gradient, and none of these is zero."""
+    sample = case.sample(torch.float64, "cpu", 0)
+    assert len(sample.parameters) == len(case.draw(case, torch.Generator())) - len(case.fixed)
+    if sample.x.numel() > 0:
+        _, *grads = value_and_grads(sample.eager, (sample.x, *sample.parameters), sample.grad_output)
+        assert all(g.abs().max() > 0 for g in grads)
+    if case.layout != "contiguous":
+        assert not sample.x.is_contiguous()
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "one element", "shape"])
@@ -107,7 +143,12 @@ def test_parity_sees_what_a_norm_would_not(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "shape"), [("sigmoid_focal_loss", "4096"), ("softmax_focal_loss", "64,100"), ("cross_entropy", "2,5,8,8")]
+    ("op", "shape"),
+    [
+        ("sigmoid_focal_loss", "4096"),
+        ("softmax_focal_loss", "64,100"),
+        ("cross_entropy", "2,5,8,8"),
+    ],
 )
 def test_profile(op: str, shape: str, tmp_path: Path) -> None:
     result = cli("profile", op, "--shape", shape, "--eager", "--steps", "3", "--out", str(tmp_path))
@@ -116,6 +157,26 @@ def test_profile(op: str, shape: str, tmp_path: Path) -> None:
         assert text in result.stdout, text
     trace = json.loads((tmp_path / f"profile-{op}.json").read_text())
     assert any(event.get("name") == "fused step" for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "name"),
+    [
+        ("group_norm", "2,24,8,8", "group_norm of 2x24x8x8 affine channels_last num_groups=24 activation=silu float32"),
+        ("squeeze_excite", "2,24,8,8", "squeeze_excite of 2x24x8x8 channels_last float32"),
+        ("weight_norm", "16,10,3,3", "weight_norm of 16x10x3x3 channels_last float32"),
+        ("stochastic_depth", "4,5,6,7", "stochastic_depth of 4x5x6x7 residual channels_last p=0.5 float32"),
+    ],
+)
+def test_profile_a_layer(
+    op: str, shape: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--layout", "channels_last", "--eager", "--steps", "2", "--out", str(tmp_path)]
+    assert main(["profile", op, "--shape", shape, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(name + "\n") and "eager step" in printed and f"regex:{op}" in printed
+    assert (tmp_path / f"profile-{op}.json").stat().st_size > 0
 
 
 @pytest.mark.needs("cpp")
@@ -154,6 +215,17 @@ def test_profile_a_model(tmp_path: Path) -> None:
     assert "136 parameters" in result.stdout and "eager step" in result.stdout
 
 
+@pytest.mark.needs("cpp")
+def test_dropped_rows_move_nothing() -> None:
+    """Forward 3 of 4 rows, the residual, the output and the noise; backward 3 rows of the gradient, 4 of its result."""
+    x, noise = torch.ones(4, 10, requires_grad=True), torch.tensor([1.5, 0.0, 1.5, 1.5])
+    residual, row, g = torch.ones(4, 10), 40, torch.ones(4, 10)
+    moved = _profile_bytes.bytes_per_step(
+        lambda: dk.stochastic_depth(x, 0.25, residual=residual, noise=noise).backward(g)
+    )
+    assert moved == {"dlkernels::stochastic_depth_fwd": (3 + 4 + 4) * row + 16 + (3 + 4) * row + 16}
+
+
 def test_kernel_patterns() -> None:
     ops = ["softmax_focal_loss_fwd", "softmax_focal_loss_bwd", "scale_stored_grad"]
     assert _profile_bytes.kernel_pattern(ops) == "softmax_focal"
@@ -170,7 +242,10 @@ def test_demo_quick(tmp_path: Path) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
     result = cli("demo", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    for text in ("Training: eager and fused", "Time of forward + backward", "sigmoid focal, 1M elements", "PASS"):
+    for text in (
+        "The network before training", "Training: eager and fused", "Time of forward + backward",
+        "sigmoid focal, 1M elements", "GroupNorm + SiLU, 8 x 256 x 28 x 28", "weight norm, 512 x 4608", "PASS",
+    ):  # fmt: skip
         assert text in result.stdout, text
     assert "not held to its threshold" in result.stdout
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -182,6 +257,39 @@ def test_demo_names_missing_packages() -> None:
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].endswith('pip install "dlkernels[demo]"'), result.stderr
     assert "scikit-learn" in lines[0] and "monai" in lines[0]
+
+
+def test_demo_networks_agree() -> None:
+    """From one state_dict and one seed; training drops rows, and the same ones."""
+    pytest.importorskip("monai")
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    found = _demo_model.compare_models(x, y)
+    assert [(each.mode, each.dtype) for each in found] == [
+        (mode, dtype) for mode in ("eval", "train") for dtype in (torch.float64, torch.float32)
+    ]
+    assert not any(each.failed for each in found), found
+    still, dropped = (_demo_model.outcome("fused", mode, x, y)[0] for mode in ("eval", "train"))
+    rows = (still != dropped).any(1)
+    assert rows.any() and (still[~rows] == dropped[~rows]).all(), "stochastic depth acts while training only"
+
+
+@pytest.mark.parametrize("fault", ["eps", "activation", "gate", "rows"])
+def test_demo_notices_a_wrong_layer(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of layer, wrong by little: the comparison of the networks fails."""
+    pytest.importorskip("monai")
+    right = _demo_model.layers
+    wrong = {
+        "eps": {"norm": lambda groups, channels: dk.nn.GroupNorm(groups, channels, eps=1.1e-5)},
+        "activation": {"norm_silu": lambda groups, channels: dk.nn.GroupNorm(groups, channels, activation="gelu")},
+        "gate": {"squeeze_excite": lambda channels, r: dk.nn.SqueezeExcite(channels, r, gate="hard_sigmoid")},
+        "rows": {"drop": lambda p: dk.nn.StochasticDepth(p, "batch")},
+    }[fault]
+    monkeypatch.setattr(
+        _demo_model, "layers", lambda kind: right(kind) if kind == "eager" else replace(right(kind), **wrong)
+    )
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    failed = {each.mode for each in _demo_model.compare_models(x, y) if each.failed}
+    assert failed == ({"train"} if fault == "rows" else {"eval", "train"})
 
 
 def test_demo_parity_notices_a_wrong_gradient() -> None:
@@ -217,6 +325,9 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("profile", "torch.nn:Flatten", "--input-shape", "8,16"), "torch.nn:Flatten has no parameters"),
         (("profile", "cross_entropy", "--shape", "5"), "--shape must have a class dimension"),
         (("profile", "cross_entropy", "--shape", "a,b"), "expected sizes such as 4096,1000"),
+        (("profile", "group_norm", "--shape", "5"), "--shape must have at least 2 dimensions, got 5"),
+        (("profile", "weight_norm", "--reduction", "sum"), "weight_norm has neither"),
+        (("profile", "group_norm", "--shape", "2,8", "--layout", "channels_last"), "needs four or five dimensions"),
         (("check", "--device", "cuda"), "no CUDA device is visible"),
         (("demo", "--steps", "0"), "--steps must be at least 1"),
     ],

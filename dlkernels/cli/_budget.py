@@ -1,4 +1,4 @@
-"""Parity of one loss with its eager form: both against float64, by the error budget of `dlkernels.testing`."""
+"""Parity of one op with its eager form: both against float64, by the error budget of `dlkernels.testing`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from ..testing import error_budget, relative_error
 
 @dataclass(frozen=True)
 class Sample:
-    """The same loss twice, as functions of the logits, and the logits; `grad_output` is for unreduced losses."""
+    """The same op twice, as functions of its input x and of the `parameters` of a layer: all of them take gradients.
 
-    fused: Callable[[Tensor], Tensor]
-    eager: Callable[[Tensor], Tensor]
+    `grad_output` is for whatever is not a scalar loss.
+    """
+
+    fused: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
     x: Tensor
     grad_output: Tensor | None = None
+    parameters: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -35,15 +39,14 @@ class Parity:
         return self.error / self.allowed if self.allowed > 0 else (0.0 if self.error == 0 else math.inf)
 
 
-def value_and_grad(
-    loss: Callable[[Tensor], Tensor], x: Tensor, grad_output: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient in x. `grad_output` is cast to the dtype of the loss; scalars start from 1."""
-    x = x.detach().requires_grad_(True)
-    out = loss(x)
+def value_and_grads(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The value, and its gradient in every input. `grad_output` is cast to the value's dtype; scalars start at 1."""
+    inputs = tuple(t.detach().requires_grad_(True) for t in inputs)
+    out = function(*inputs)
     seed = None if grad_output is None or out.dim() == 0 else grad_output.to(out.dtype)
-    (grad,) = torch.autograd.grad(out, x, seed)
-    return out.detach(), grad
+    return out.detach(), *torch.autograd.grad(out, inputs, seed)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
@@ -54,14 +57,20 @@ def _error(value: Tensor, exact: Tensor) -> float:
 
 
 def compare(samples: Iterable[Sample]) -> tuple[Parity, Parity]:
-    """Parity of the loss and of its gradient over samples: the worst fused error against the largest budget."""
-    parts = (Parity(), Parity())
+    """Parity of the value and of its gradients over samples: the worst fused error against the largest budget.
+
+    Every input's gradient has a budget of its own; the one that uses the largest share of it is returned.
+    """
+    parts: list[Parity] = []
     for sample in samples:
-        exact = value_and_grad(sample.eager, sample.x.double(), sample.grad_output)
-        fused = value_and_grad(sample.fused, sample.x, sample.grad_output)
-        eager = value_and_grad(sample.eager, sample.x, sample.grad_output)
-        for part, e, f, p in zip(parts, exact, fused, eager, strict=True):
+        inputs = (sample.x, *sample.parameters)
+        exact = value_and_grads(sample.eager, tuple(t.double() for t in inputs), sample.grad_output)
+        fused = value_and_grads(sample.fused, inputs, sample.grad_output)
+        eager = value_and_grads(sample.eager, inputs, sample.grad_output)
+        parts = parts or [Parity() for _ in exact]
+        for i, (part, e, f, p) in enumerate(zip(parts, exact, fused, eager, strict=True)):
             part.error = max(part.error, _error(f, e))
             part.eager_error = max(part.eager_error, relative_error(p, e))
-            part.allowed = max(part.allowed, error_budget(e, p, f.dtype, scalar=f.dim() == 0))
-    return parts
+            part.allowed = max(part.allowed, error_budget(e, p, f.dtype, scalar=i == 0 and f.dim() == 0))
+    value, *grads = parts
+    return value, max(grads, key=lambda parity: parity.ratio)

@@ -1,4 +1,4 @@
-"""What `check` runs: one line per case. A new op adds its lines to CASES and its eager form to `_eager`."""
+"""The losses that `check` runs: one line per case. A new one adds its lines to CASES and its eager form to `_eager`."""
 
 from __future__ import annotations
 
@@ -149,4 +149,3 @@ CASES: list[Case] = [
     _cross_entropy((70, 33), indices, "transposed", reduction="mean"),
     _cross_entropy((0, 7), indices, reduction="sum"),
 ]
-OPS = tuple(dict.fromkeys(case.op for case in CASES))

@@ -13,9 +13,24 @@ from torch.utils._pytree import tree_leaves
 
 from .. import _backend
 
+
+def touched(tensor: Tensor) -> int:
+    """Bytes of the distinct elements: a broadcast dimension costs nothing."""
+    sizes = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride != 0 or n == 0)
+    return math.prod(sizes) * tensor.element_size()
+
+
+def of_kept_rows(x: Tensor, noise: Tensor, residual: Tensor | None) -> int:
+    """Stochastic depth does not read the rows that it drops: noise 0."""
+    kept = int(noise.count_nonzero()) / max(noise.numel(), 1)
+    written = x.numel() * x.element_size()
+    return round(kept * touched(x)) + touched(noise) + (0 if residual is None else touched(residual)) + written
+
+
 # Where the general rule (every argument and every output once, written arguments twice) is wrong.
 BYTES: dict[str, Callable[..., int]] = {
     "scale_stored_grad": lambda *_: 0,  # returns at once when the incoming gradient is 1
+    "stochastic_depth_fwd": of_kept_rows,
 }
 
 # Op -> part of its kernels' names; the default is the op's own name without its pass.
@@ -32,12 +47,6 @@ def kernel_pattern(ops: Iterable[str]) -> str:
     names = dict.fromkeys(re.sub(r"_(fwd|bwd)$", "", op) for op in ops)
     parts = dict.fromkeys(KERNELS.get(name, name) for name in names if name != "scale_stored_grad" or len(names) == 1)
     return "|".join(parts) or "kernel"
-
-
-def touched(tensor: Tensor) -> int:
-    """Bytes of the distinct elements: a broadcast dimension costs nothing."""
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride != 0 or n == 0)
-    return math.prod(sizes) * tensor.element_size()
 
 
 def minimum_bytes(func: Any, args: tuple[Any, ...], outputs: Any) -> int:

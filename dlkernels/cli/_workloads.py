@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,23 @@ from torch.utils._pytree import tree_leaves
 
 import dlkernels as dk
 
-from . import _eager, fail, need
+from . import _eager, _layer_cases, fail, need
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Op -> (default shape, does it take class indices by default)
-OPS = {
+# Loss -> (default shape, does it take class indices by default)
+LOSSES = {
     "sigmoid_focal_loss": ((1 << 20,), False),
     "softmax_focal_loss": ((4096, 1000), True),
     "cross_entropy": ((4096, 1000), True),
 }
+# Layer -> (default shape, least dimensions)
+LAYERS = {
+    "group_norm": ((8, 256, 28, 28), 2),
+    "squeeze_excite": ((8, 256, 28, 28), 2),
+    "weight_norm": ((512, 4608), 1),
+    "stochastic_depth": ((32, 256, 28, 28), 1),
+}
+OPS = (*LOSSES, *LAYERS)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,10 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace, device: str) -> Workload:
-    if args.what in OPS:
-        return _op(args, device)
+    if args.what in LOSSES:
+        return _loss(args, device)
+    if args.what in LAYERS:
+        return _layer(args, device)
     if args.what == "demo":
         return _demo(device)
     if ":" in args.what:
@@ -45,8 +55,8 @@ def make_workload(args: argparse.Namespace, device: str) -> Workload:
     fail(f"unknown op or model {args.what!r}: expected {', '.join(OPS)}, demo, or package.module:factory")
 
 
-def _op(args: argparse.Namespace, device: str) -> Workload:
-    default, indexed = OPS[args.what]
+def _loss(args: argparse.Namespace, device: str) -> Workload:
+    default, indexed = LOSSES[args.what]
     shape, dtype = args.shape or default, DTYPES[args.dtype]
     sigmoid = args.what.startswith("sigmoid")
     indexed = indexed if args.targets == "auto" else args.targets == "index"
@@ -64,23 +74,41 @@ def _op(args: argparse.Namespace, device: str) -> Workload:
     functions = [functools.partial(getattr(m, args.what), reduction=args.reduction) for m in (dk, _eager)]
     kind = "class indices" if indexed else "dense targets"
     name = f"{args.what} of {' x '.join(map(str, shape))} {args.dtype}, {kind}, reduction {args.reduction}"
-    return Workload(name, *(_loss_step(f, x, target) for f in functions))
+    return Workload(name, *(_op_step(lambda x, f=f: f(x, target), (x,)) for f in functions))
 
 
-def _loss_step(function: Callable[..., Tensor], x: Tensor, target: Tensor) -> Callable[[], None]:
-    x = x.detach().clone().requires_grad_(True)
+def _layer(args: argparse.Namespace, device: str) -> Workload:
+    default, least = LAYERS[args.what]
+    shape = args.shape or default
+    if len(shape) < least:
+        fail(f"--shape must have at least {least} dimensions, got {','.join(map(str, shape))}")
+    if args.reduction != "mean" or args.targets != "auto":
+        fail(f"--reduction and --targets are of losses: {args.what} has neither")
+    if args.layout == "channels_last" and len(shape) not in (4, 5):
+        fail(f"--layout channels_last needs four or five dimensions, got {','.join(map(str, shape))}")
+    case = _layer_cases.typical(args.what, shape, args.layout)
+    sample = case.sample(DTYPES[args.dtype], device, seed=0)
+    inputs = (sample.x, *sample.parameters)
+    name = f"{args.what} of {case.name} {args.dtype}"
+    return Workload(name, *(_op_step(function, inputs) for function in (sample.fused, sample.eager)))
+
+
+def _op_step(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward of an op; every input takes a gradient."""
+    inputs = [t.detach().clone().requires_grad_(True) for t in inputs]
     mark = torch.profiler.record_function
     grad_output: Tensor | None = None
 
     def step() -> None:
         nonlocal grad_output
-        x.grad = None
+        for t in inputs:
+            t.grad = None
         with mark("forward"):
-            loss = function(x, target)
-        if loss.dim() and grad_output is None:
-            grad_output = torch.full_like(loss, 1 / loss.numel())
+            out = function(*inputs)
+        if out.dim() and grad_output is None:
+            grad_output = torch.full_like(out, 1 / out.numel())
         with mark("backward"):
-            loss.backward(grad_output)
+            out.backward(grad_output)
 
     return step
 
@@ -91,8 +119,9 @@ def _demo(device: str) -> Workload:
 
     data = parts.load_data(device)
     loss = parts.focal(data)
-    steps = (parts.training_step(data, function) for function in (loss.fused, loss.eager))
-    return Workload(f"the demo's training step: ResNet, batch {parts.BATCH}, focal loss, AdamW", *steps)
+    steps = (parts.training_step(data, loss, kind) for kind in ("fused", "eager"))
+    name = f"the demo's training step: residual network, batch {parts.BATCH}, focal loss, AdamW"
+    return Workload(name, *steps)
 
 
 def _model(args: argparse.Namespace, device: str) -> Workload:

@@ -12,10 +12,15 @@ import torch
 from .. import _backend
 from . import available_devices, print_table, quiet
 from ._budget import Parity, compare
-from ._cases import CASES, OPS, Case
+from ._cases import CASES as LOSS_CASES
+from ._cases import Case
+from ._layer_cases import CASES as LAYER_CASES
+from ._layer_cases import LayerCase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEEDS = (0, 1, 2)
+CASES: list[Case | LayerCase] = [*LOSS_CASES, *LAYER_CASES]
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
 EXAMPLES = """\
 examples:
   python -m dlkernels check
@@ -23,15 +28,16 @@ examples:
   DLKERNELS_BACKEND=reference python -m dlkernels check
 
 The budget of a result (dlkernels.testing.error_budget): its relative error against float64, in the 2-norm, may be
-twice that of plain PyTorch in the same dtype plus 4 eps of the result's dtype; 8 eps for scalar losses.
+twice that of plain PyTorch in the same dtype plus 4 eps of the result's dtype; 8 eps for scalar losses. Of a layer, the
+gradients of the input and of every parameter are held to it; the table shows the one that uses most of its budget.
 """
 
 
 @dataclass
 class Result:
-    """One case in one dtype: parity of loss and gradient, or the exception that it raised."""
+    """One case in one dtype: parity of the value and of its gradients, or the exception that it raised."""
 
-    case: Case
+    case: Case | LayerCase
     value: Parity = field(default_factory=Parity)
     grad: Parity = field(default_factory=Parity)
     problem: str = ""
@@ -43,7 +49,7 @@ class Result:
     def explain(self) -> str:
         parts = (
             f"{name} error {p.error:.2e}, allowed {p.allowed:.2e} (eager's own {p.eager_error:.2e})"
-            for name, p in (("loss", self.value), ("gradient", self.grad))
+            for name, p in (("value", self.value), ("gradient", self.grad))
             if p.ratio > 1
         )
         return self.problem or "; ".join(parts)
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 rows += [_row(group, op, device, dtype_name, args.verbose) for group in groups]
                 failures += [(device, dtype_name, r) for r in results if r.failed]
     columns = ["op", "device", "backend", "dtype", "case" if args.verbose else ">cases"]
-    columns += [">loss error", ">of budget", ">grad error", ">of budget", "result"]
+    columns += [">value error", ">of budget", ">grad error", ">of budget", "result"]
     print_table(f"Against float64, seeds {', '.join(map(str, SEEDS))}", columns, rows)
     for device, dtype_name, result in failures:
         print(f"FAIL {result.case.op} on {device}, {dtype_name}: {result.case.name}: {result.explain()}")
@@ -88,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def run_case(case: Case, dtype_name: str, device: str) -> Result:
+def run_case(case: Case | LayerCase, dtype_name: str, device: str) -> Result:
     try:
         return Result(case, *compare(case.sample(DTYPES[dtype_name], device, seed) for seed in SEEDS))
     except Exception as error:  # a broken op must not hide the others

@@ -1,4 +1,4 @@
-"""`python -m dlkernels profile`: where the time of a loss, or of a model's training step, goes."""
+"""`python -m dlkernels profile`: where the time of an op, or of a model's training step, goes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .. import _backend
 from ..testing import num_threads
 from . import fail, format_bytes, format_time, print_table, quiet
 from ._profile_bytes import bytes_per_step, kernel_pattern
-from ._workloads import DTYPES, OPS, Workload, make_workload
+from ._workloads import DTYPES, LAYERS, LOSSES, OPS, Workload, make_workload
 
 WARMUP = 3
 EXAMPLES = """\
 examples:
   python -m dlkernels profile sigmoid_focal_loss --shape 1048576 --device cpu
   python -m dlkernels profile cross_entropy --shape 4096,1000 --dtype bfloat16 --eager
+  python -m dlkernels profile group_norm --shape 8,256,28,28 --layout channels_last --eager
   python -m dlkernels profile demo --eager
   python -m dlkernels profile my_package.models:make_model --input-shape 8,3,224,224 --device cuda
 
@@ -51,17 +52,19 @@ def add_parser(commands: Any) -> None:
     add("what", metavar="OP|MODEL",
         help=f"{', '.join(OPS)}; demo (the demo's training step); or package.module:factory, called without arguments, "
              "which returns a torch.nn.Module")  # fmt: skip
-    add("--shape", type=_shape, help="of an op's logits, as 4096,1000 (classes in dimension 1 for softmax losses)")
+    add("--shape", type=_shape, help="of an op's input, as 4096,1000 (classes or channels in dimension 1)")
     add("--input-shape", type=_shape, help="of a model's input, as 8,3,224,224")
-    add("--dtype", default="float32", choices=list(DTYPES), help="of logits or model (default: %(default)s)")
+    add("--dtype", default="float32", choices=list(DTYPES), help="of an op's tensors or a model (default: %(default)s)")
+    add("--layout", default="contiguous", choices=("contiguous", "channels_last"),
+        help="of a layer's input (default: %(default)s)")  # fmt: skip
     add("--targets", default="auto", choices=("auto", "dense", "index"),
-        help="of an op: dense floats like the logits, or class indices; auto: what people use with the op")  # fmt: skip
-    add("--reduction", default="mean", choices=("none", "mean", "sum"), help="of an op (default: %(default)s)")
+        help="of a loss: dense floats like the logits, or class indices; auto: what people use with it")  # fmt: skip
+    add("--reduction", default="mean", choices=("none", "mean", "sum"), help="of a loss (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: CUDA when it is visible, else the CPU")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s, which neighbours disturb least)")
     add("--steps", type=int, default=20, help="profiled steps, after a warm-up (default: %(default)s)")
     add("--eager", action="store_true",
-        help="show the eager counterpart beside it: of an op or the demo the plain PyTorch loss, of a model the same "
+        help="show the eager counterpart beside it: of an op or the demo plain PyTorch, of a model the same "
              "model with every dlkernels op on its plain PyTorch reference")  # fmt: skip
     add("--nvtx", action="store_true", help="no profiler, NVTX ranges instead: for a run under ncu or nsys (CUDA)")
     add("--out", type=Path, default=Path("demo-output"), help="folder of the trace (default: %(default)s)")
@@ -218,8 +221,10 @@ def ncu_command(args: argparse.Namespace, moved: Iterable[str]) -> str:
     own = ["python", "-m", "dlkernels", "profile", args.what, "--device", "cuda", "--dtype", args.dtype]
     for option, shape in (("--shape", args.shape), ("--input-shape", args.input_shape)):
         own += [option, ",".join(map(str, shape))] if shape else []
-    if args.what in OPS:
+    if args.what in LOSSES:
         own += ["--targets", args.targets, "--reduction", args.reduction]
+    elif args.what in LAYERS:
+        own += ["--layout", args.layout]
     own += ["--steps", "3", "--nvtx"]
     names = [args.what] if args.what in OPS else [name.removeprefix("dlkernels::") for name in moved]
     ncu = ["ncu", "--clock-control", "none", "--kernel-name", f"regex:{kernel_pattern(names)}"]

@@ -1,0 +1,170 @@
+"""The demo's network, written once: a small residual one, its layers in plain PyTorch and MONAI, or fused.
+
+A block is conv, GroupNorm and SiLU, conv, GroupNorm, squeeze-and-excitation, and a residual with stochastic depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dlkernels as dk
+
+from ..testing import error_budget, relative_error
+from . import _eager_layers
+from ._budget import Parity
+
+CLASSES, BATCH, SEED = 10, 64, 0
+LEARNING_RATE = 2e-3
+GROUPS, REDUCTION = 8, 4
+STEM, STAGES = 32, ((32, 1), (64, 2), (96, 2))  # (channels, stride) of each block
+DROP = 0.2  # of the last block; linear over the blocks
+FLOAT64 = 1e-12  # what the order of sums may change over a whole network
+
+# Layers, eager and fused ----------------------------------------------------------------------------------------------
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """nn.GroupNorm and F.silu, one after the other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input))
+
+
+class Drop(nn.Module):
+    """residual + torchvision's stochastic depth of the branch, in plain PyTorch."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return _eager_layers.stochastic_depth(input, self.p, training=self.training, residual=residual)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Constructors: norm and norm_silu of (groups, channels), squeeze_excite of (channels, reduction), drop of p."""
+
+    norm: Callable[[int, int], nn.Module]
+    norm_silu: Callable[[int, int], nn.Module]
+    squeeze_excite: Callable[[int, int], nn.Module]
+    drop: Callable[[float], nn.Module]
+
+
+def layers(kind: str) -> Layers:
+    """The switch: "eager" or "fused"."""
+    if kind == "fused":
+        return Layers(
+            dk.nn.GroupNorm,
+            lambda groups, channels: dk.nn.GroupNorm(groups, channels, activation="silu"),
+            dk.nn.SqueezeExcite,
+            dk.nn.StochasticDepth,
+        )
+    from monai.networks.blocks.squeeze_and_excitation import ChannelSELayer
+
+    return Layers(nn.GroupNorm, GroupNormSiLU, lambda channels, r: ChannelSELayer(2, channels, r), Drop)
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, use: Layers, inputs: int, channels: int, stride: int, p: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.norm1 = use.norm_silu(GROUPS, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = use.norm(GROUPS, channels)
+        self.se = use.squeeze_excite(channels, REDUCTION)
+        self.drop = use.drop(p)
+        same = inputs == channels and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(x))
+        y = self.se(self.norm2(self.conv2(y)))
+        return self.drop(y, self.shortcut(x))
+
+
+class Network(nn.Module):
+    """Images (N, 1, 8, 8) to logits (N, 10)."""
+
+    def __init__(self, use: Layers) -> None:
+        super().__init__()
+        rates = dk.nn.stochastic_depth_rates(DROP, len(STAGES))
+        self.stem = nn.Sequential(nn.Conv2d(1, STEM, 3, 1, 1, bias=False), use.norm_silu(GROUPS, STEM))
+        widths = (STEM, *(channels for channels, _ in STAGES))
+        self.blocks = nn.Sequential(
+            *(Block(use, inputs, *stage, p) for inputs, stage, p in zip(widths, STAGES, rates))  # type: ignore[arg-type]
+        )
+        self.norm = use.norm_silu(GROUPS, widths[-1])
+        self.head = nn.Linear(widths[-1], CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+def make_model(device: str, kind: str) -> nn.Module:
+    """The same weights at every call: those of the eager network, which load into the fused one as they are."""
+    torch.manual_seed(SEED)
+    model = Network(layers("eager"))
+    if kind == "fused":
+        eager, model = model, Network(layers("fused"))
+        model.load_state_dict(eager.state_dict())
+    return model.to(device)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+
+# Parity of the whole network ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelParity:
+    """Errors of the fused network against the eager one in float64: of its output and of all its gradients together."""
+
+    mode: str  # "eval" or "train"
+    dtype: torch.dtype
+    output: Parity
+    gradient: Parity
+
+    @property
+    def failed(self) -> bool:
+        return max(self.output.ratio, self.gradient.ratio) > 1
+
+
+def compare_models(x: Tensor, y: Tensor) -> list[ModelParity]:
+    """Both networks on one batch, from the same weights and seed, evaluating and training.
+
+    In float64 they differ by rounding only; in float32 the fused one has the error budget of dlkernels.testing.
+    """
+    # On a GPU, float64 draws other rows than float32, and has no kernels of its own.
+    cpu = x.device.type == "cpu"
+    found = []
+    for mode in ("eval", "train") if cpu else ("eval",):
+        exact = outcome("eager", mode, x.double(), y)
+        for dtype in (torch.float64, torch.float32) if cpu else (torch.float32,):
+            fused = outcome("fused", mode, x.to(dtype), y)
+            eager = exact if dtype == torch.float64 else outcome("eager", mode, x.to(dtype), y)
+            parts = []
+            for e, f, p in zip(exact, fused, eager, strict=True):
+                allowed = FLOAT64 if dtype == torch.float64 else error_budget(e, p, dtype)
+                parts.append(Parity(relative_error(f, e), relative_error(p, e), allowed))
+            found.append(ModelParity(mode, dtype, *parts))
+    return found
+
+
+def outcome(kind: str, mode: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of their cross entropy in every parameter, as one vector."""
+    model = make_model(x.device.type, kind).to(x.dtype).train(mode == "train")
+    torch.manual_seed(SEED)
+    logits = model(x)
+    grads = torch.autograd.grad(F.cross_entropy(logits, y), list(model.parameters()))
+    return logits.detach(), torch.cat([g.flatten() for g in grads])
