@@ -843,7 +843,9 @@ def test_export(op: OpCase, device: torch.device, strict: bool) -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     tensors = [t.detach() for t in inputs(op, device)]
     module = op.module().to(device)
-    shapes = tuple({0: batch} if i in op.batched else None for i in range(len(tensors)))
+    shapes: Any = tuple({0: batch} if i in op.batched else None for i in range(len(tensors)))
+    if isinstance(module, _Functional):
+        shapes = (shapes[0], shapes[1:])  # (x, *tensors)
     program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=strict)
     for n in (6, 9):
         tensors = [t.detach() for t in inputs(op, device, n=n)]

@@ -107,6 +107,13 @@ DL_INLINE void for_row_groups(int64_t begin, int64_t end, F f) {
   for (; row + 4 <= end; row += 4) f(row, RowGroup<4>{});
   for (; row < end; ++row) f(row, RowGroup<1>{});
 }
+// From the end to the beginning: a second sweep finds what the first one read last still in the cache.
+template <class F>
+DL_INLINE void for_row_groups_backwards(int64_t begin, int64_t end, F f) {
+  int64_t row = end;
+  for (; (row - begin) % 4 != 0; --row) f(row - 1, RowGroup<1>{});
+  for (; row > begin; row -= 4) f(row - 4, RowGroup<4>{});
+}
 
 // Whether rows of n elements from p on may be written past the caches: whole vectors at aligned addresses.
 template <class T>

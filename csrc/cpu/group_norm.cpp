@@ -31,7 +31,7 @@ GroupNormArgs arguments(const GroupNormTensors& t, const Rows& rows, const Group
   a.shift = parameter(t.shift);
   a.x = t.x.const_data_ptr();
   a.residual = data_or_null(t.residual);
-  a.stream = static_cast<int64_t>(t.x.nbytes()) > kStreamBytes;
+  a.stream = static_cast<int64_t>(t.x.nbytes()) > kStreamLayerBytes;
   a.wanted_items = at::get_num_threads() > 1 ? 2 * at::get_num_threads() : 1;
   return a;
 }

@@ -20,10 +20,11 @@ struct BackwardItem {
     residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
     dx = static_cast<T*>(a.dx) + at;
     dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + at : nullptr;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      stash = kind != Activation::kNone && elements <= kStashInPlace ? dx : nullptr;
-    } else {
-      stash = kind != Activation::kNone && elements <= kStashInScratch ? scratch : nullptr;
+    stash = nullptr;
+    if (stashes_in_scratch(a)) {
+      stash = elements <= kStashInScratch ? scratch : nullptr;
+    } else if constexpr (sizeof(T) == sizeof(A)) {
+      if (kind != Activation::kNone && elements <= kStashInPlace) stash = dx;
     }
   }
 };
@@ -103,7 +104,7 @@ void backward_contiguous(const GroupNormArgs& a, const Item& item,
   const double r = rstd, count = static_cast<double>(m);
   const V q = splat<V>(-r * r * g_da / count), rest = splat<V>(-r * g_db / count);
   const bool past_caches = a.stream && may_stream(p.dx, a.s);
-  for (int64_t c = 0; c < d; ++c) {
+  for (int64_t c = d; c-- > 0;) {  // backwards: what was read last is still near
     const Affine<A> affine = affine_of<A>(a, item.n, item.c_begin + c);
     const V gain = splat<V>(rstd * affine.slope), offset = splat<V>(affine.offset);
     const GradientMap<V> map{splat<V>(mean), gain, q, rest};
@@ -188,7 +189,7 @@ void backward_channels_last(const GroupNormArgs& a, const Item& item,
     }
   }
   const bool past_caches = a.stream && may_stream(p.dx, a.c) && width * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  for_row_groups(0, a.s, [&](int64_t row, auto group) DL_BODY {
+  for_row_groups_backwards(0, a.s, [&](int64_t row, auto group) DL_BODY {
     constexpr int R = decltype(group)::size;
     for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
       const GradientMap<V> map{load(s.mean + c), load(s.slope + c), load(s.q + c), load(s.rest + c)};

@@ -10,11 +10,12 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-// Up to this many values of dz are kept between the passes: in dx where it has their precision, else in scratch.
+// Up to this many values of dz are kept between the passes: in dx where it has their precision and is not written past
+// the caches, else in scratch.
 constexpr int64_t kStashInPlace = 1 << 21, kStashInScratch = 1 << 17;
 
 inline bool stashes_in_scratch(const GroupNormArgs& a) {
-  return a.dx && a.activation && (a.dtype == Float::kFloat16 || a.dtype == Float::kBFloat16);
+  return a.dx && a.activation && a.dtype != Float::kFloat64 && (a.dtype != Float::kFloat32 || a.stream);
 }
 
 // [begin, end) of the channels of an item, in one sample.
@@ -50,7 +51,7 @@ struct GroupNormScratch {
   int64_t padded;
   double *first, *second;
   A *mean, *slope, *offset, *q, *rest;
-  A* stash;  // [values of an item], for half precision
+  A* stash;  // [values of an item], where stashes_in_scratch
 
   static int64_t pad(int64_t width) { return (width + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
   GroupNormScratch(void* memory, int64_t width) : padded(pad(width)) {

@@ -44,7 +44,7 @@ void forward_contiguous(const GroupNormArgs& a, const Item& item) {
   static_cast<A*>(a.mean)[group] = static_cast<A>(m.mean);
   static_cast<A*>(a.rstd)[group] = static_cast<A>(rstd);
   const bool past_caches = a.stream && may_stream(y, a.s);
-  for (int64_t c = 0; c < d; ++c) {
+  for (int64_t c = d; c-- > 0;) {  // backwards: what was read last is still near
     const Affine<A> affine = affine_of<A>(a, item.n, item.c_begin + c);
     const ChannelMap<V> map{splat<V>(m.mean), splat<V>(static_cast<A>(rstd) * affine.slope), splat<V>(affine.offset)};
     forward_run<T, K>(x + c * a.s, residual ? residual + c * a.s : nullptr, y + c * a.s, a.s, map, past_caches,
@@ -77,7 +77,7 @@ void forward_channels_last(const GroupNormArgs& a, const Item& item,
     }
   }
   const bool past_caches = a.stream && may_stream(y, a.c) && width * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-  for_row_groups(0, a.s, [&](int64_t row, auto group) DL_BODY {
+  for_row_groups_backwards(0, a.s, [&](int64_t row, auto group) DL_BODY {
     constexpr int R = decltype(group)::size;
     for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
       const ChannelMap<V> map{load(s.mean + c), load(s.slope + c), load(s.offset + c)};

@@ -39,7 +39,7 @@ SqueezeExciteArgs arguments(const SqueezeExciteTensors& t, const Weights& w, con
   a.w1 = data_or_null(w.w1), a.b1 = data_or_null(w.b1), a.w2 = data_or_null(w.w2), a.b2 = data_or_null(w.b2);
   a.x = t.x.const_data_ptr();
   a.residual = data_or_null(t.residual);
-  a.stream = static_cast<int64_t>(t.x.nbytes()) > kStreamBytes;
+  a.stream = static_cast<int64_t>(t.x.nbytes()) > kStreamLayerBytes;
   return a;
 }
 

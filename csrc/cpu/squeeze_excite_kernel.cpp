@@ -77,13 +77,13 @@ DL_INLINE double channel_sum(int64_t begin, int64_t end, F term) {
   return total;
 }
 
-// write(i, e, left, whole) for every vector of a sample: e is the gate there, and `extra` goes with it.
+// write(i, e, extra, left, whole) for every vector of a sample, the last ones first: e is the gate there.
 template <class T, class F>
 DL_INLINE void for_sample(const SqueezeExciteArgs& a, const typename Lanes<T>::scalar* e,
                           const typename Lanes<T>::scalar* extra, F write) {
   using V = typename Lanes<T>::vec;
   if (a.channels_last) {
-    for_row_groups(0, a.s, [&](int64_t row, auto group) DL_BODY {
+    for_row_groups_backwards(0, a.s, [&](int64_t row, auto group) DL_BODY {
       constexpr int R = decltype(group)::size;
       for_vectors<T>(a.c, [&](int64_t c, int64_t left, auto whole) DL_BODY {
         const V gate = load_as(whole, e + c, left), more = load_as(whole, extra + c, left);
@@ -92,7 +92,7 @@ DL_INLINE void for_sample(const SqueezeExciteArgs& a, const typename Lanes<T>::s
     });
     return;
   }
-  for (int64_t c = 0; c < a.c; ++c) {
+  for (int64_t c = a.c; c-- > 0;) {
     const V gate = splat<V>(e[c]), more = splat<V>(extra[c]);
     for_vectors<T>(a.s,
                    [&](int64_t i, int64_t left, auto whole) DL_BODY { write(c * a.s + i, gate, more, left, whole); });
@@ -123,7 +123,7 @@ void forward_item(const SqueezeExciteArgs& a, int64_t begin, int64_t end,
     }
   }
   layers.forward(begin, end, s.hidden);
-  for (int64_t n = begin; n < end; ++n) {
+  for (int64_t n = end; n-- > begin;) {
     const T* x = static_cast<const T*>(a.x) + n * size;
     const T* residual = a.residual ? static_cast<const T*>(a.residual) + n * size : nullptr;
     T* y = static_cast<T*>(a.y) + n * size;
@@ -174,7 +174,7 @@ void backward_item(const SqueezeExciteArgs& a, int64_t begin, int64_t end,
     }
   }
   layers.backward(begin, end, s.ds);
-  for (int64_t n = begin; n < end; ++n) {
+  for (int64_t n = end; n-- > begin;) {
     const T *x = static_cast<const T*>(a.x) + n * size, *dy = static_cast<const T*>(a.dy) + n * size;
     const T* residual = a.residual ? static_cast<const T*>(a.residual) + n * size : nullptr;
     T* dx = static_cast<T*>(a.dx) + n * size;
