@@ -2,14 +2,12 @@
 // sizes, every dtype, target kind and layout, compared with double-precision loops written from the formulas. Built and
 // run by test_sanitized.py; exit code 0 and the line "ok" mean that all held.
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "../../csrc/cpu/focal_loss_kernel.h"
+#include "sanitized.h"
 
 using namespace dlkernels;
 
@@ -19,57 +17,8 @@ FocalLossKernels DL_TABLE();
 
 namespace {
 
-std::mt19937 rng(0);
-double uniform(double a, double b) { return std::uniform_real_distribution<double>(a, b)(rng); }
-int64_t integer(int64_t a, int64_t b) { return std::uniform_int_distribution<int64_t>(a, b)(rng); }
-
-int failures = 0;
-void check(bool ok, const char* what, double got, double want) {
-  if (ok) return;
-  if (++failures <= 10) std::printf("FAILED %s: got %g, expected %g\n", what, got, want);
-}
-
-size_t size_of(Float t) { return t == Float::kFloat64 ? 8 : t == Float::kFloat32 ? 4 : 2; }
-
-uint16_t to_bf16(float x) {
-  uint32_t b;
-  std::memcpy(&b, &x, 4);
-  return static_cast<uint16_t>(b >> 16);
-}
-float from_bf16(uint16_t h) {
-  const uint32_t b = static_cast<uint32_t>(h) << 16;
-  float x;
-  std::memcpy(&x, &b, 4);
-  return x;
-}
-
-// An array of exactly n elements of a storage type; values are rounded to it when they are set.
-struct Array {
-  Float type;
-  size_t n;
-  std::unique_ptr<char[]> data;
-  Array(Float t, size_t count) : type(t), n(count), data(new char[count * size_of(t) + (count == 0)]) {
-    std::memset(data.get(), 0xff, count * size_of(t));  // NaN in every type: an unwritten output shows
-  }
-  void set(size_t i, double v) {
-    if (type == Float::kFloat64) reinterpret_cast<double*>(data.get())[i] = v;
-    if (type == Float::kFloat32) reinterpret_cast<float*>(data.get())[i] = static_cast<float>(v);
-    if (type == Float::kBFloat16) reinterpret_cast<uint16_t*>(data.get())[i] = to_bf16(static_cast<float>(v));
-    if (type == Float::kFloat16) reinterpret_cast<_Float16*>(data.get())[i] = static_cast<_Float16>(v);
-  }
-  double get(size_t i) const {
-    if (type == Float::kFloat64) return reinterpret_cast<const double*>(data.get())[i];
-    if (type == Float::kFloat32) return reinterpret_cast<const float*>(data.get())[i];
-    if (type == Float::kBFloat16) return from_bf16(reinterpret_cast<const uint16_t*>(data.get())[i]);
-    return static_cast<double>(reinterpret_cast<const _Float16*>(data.get())[i]);
-  }
-};
-
-Float accumulate(Float t) { return t == Float::kFloat64 ? Float::kFloat64 : Float::kFloat32; }
-double tolerance(Float t) { return t == Float::kFloat64 ? 1e-12 : t == Float::kFloat32 ? 2e-5 : 1e-2; }
-
 void close(const Array& got, size_t i, double want, const char* what) {
-  const double g = got.get(i), tol = tolerance(got.type);
+  const double g = got.get(i), tol = by_type(got.type, 1e-12, 2e-5, 1e-2, 1e-2);
   check(std::fabs(g - want) <= tol * (1 + std::fabs(want)), what, g, want);
 }
 
@@ -105,14 +54,14 @@ void sigmoid_case(const FocalLossKernels& k, Float type, int kind, int64_t rows,
   const Target kinds[] = {Target::kFloat, floats.type == type ? Target::kFloat : Target::kFloat32, Target::kInt64,
                           Target::kUInt8, Target::kInt32};
   a.target_kind = kinds[kind];
-  const void* targets[] = {floats.data.get(), floats.data.get(), labels.data(), bytes.data(), ints.data()};
+  const void* targets[] = {floats.data(), floats.data(), labels.data(), bytes.data(), ints.data()};
   a.target = targets[kind];
-  a.input = x.data.get();
+  a.input = x.data();
   a.count = n;
   a.classes = kind == 4 ? classes : 0;
   a.alpha = 0.25, a.gamma = gamma, a.ignore_index = ignore, a.grad_scale = 0.5;
-  a.loss = loss.data.get();
-  a.grad = grad.data.get();
+  a.loss = loss.data();
+  a.grad = grad.data();
   const int64_t blocks = (n + kSigmoidBlock - 1) / kSigmoidBlock;
   std::vector<double> partial(blocks);
   a.partial = partial.data();
@@ -143,14 +92,14 @@ void softmax_case(const FocalLossKernels& k, Float type, bool soft, int64_t oute
   SoftmaxArgs a{};
   a.dtype = type;
   a.target_kind = soft ? Target::kFloat : Target::kInt64;
-  a.input = x.data.get();
-  a.target = soft ? static_cast<const void*>(q.data.get()) : labels.data();
-  a.weight = weighted ? w.data.get() : nullptr;
+  a.input = x.data();
+  a.target = soft ? static_cast<const void*>(q.data()) : labels.data();
+  a.weight = weighted ? w.data() : nullptr;
   a.outer = outer, a.classes = C, a.inner = inner;
   a.gamma = gamma, a.label_smoothing = eps, a.ignore_index = ignore;
-  a.loss = loss.data.get();
-  a.grad = grad.data.get();
-  a.grad_output = g.data.get();
+  a.loss = loss.data();
+  a.grad = grad.data();
+  a.grad_output = g.data();
   a.grad_output_step = 1;
   a.grad_scale = 1.0;
   a.stream = past_caches;
@@ -211,7 +160,5 @@ int main() {
             softmax_case(k, type, soft, 2, 4099, 1, gamma, eps, weighted, true);
           }
   }
-  if (failures) return std::printf("%d failures\n", failures), 1;
-  std::puts("ok");
-  return 0;
+  return finish();
 }

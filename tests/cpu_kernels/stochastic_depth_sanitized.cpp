@@ -3,12 +3,9 @@
 // double-precision loops. What is dropped is NaN and must not show. Built and run by test_sanitized.py; "ok" means that
 // all held.
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <memory>
-#include <random>
 
 #include "../../csrc/cpu/stochastic_depth_kernel.h"
+#include "sanitized.h"
 
 using namespace dlkernels;
 
@@ -17,43 +14,6 @@ StochasticDepthKernels DL_TABLE();
 }
 
 namespace {
-
-std::mt19937 rng(0);
-double uniform(double a, double b) { return std::uniform_real_distribution<double>(a, b)(rng); }
-
-int failures = 0;
-void check(bool ok, const char* what, double got, double want) {
-  if (ok) return;
-  if (++failures <= 10) std::printf("FAILED %s: got %g, expected %g\n", what, got, want);
-}
-
-size_t size_of(Float t) { return t == Float::kFloat64 ? 8 : t == Float::kFloat32 ? 4 : 2; }
-
-// An array of exactly n elements of a storage type; values are rounded to it when they are set.
-struct Array {
-  Float type;
-  std::unique_ptr<char[]> data;
-  Array(Float t, size_t n) : type(t), data(new char[n * size_of(t) + (n == 0)]) {
-    std::memset(data.get(), 0xff, n * size_of(t));  // NaN in every type: an unwritten output shows
-  }
-  void set(size_t i, double v) {
-    if (type == Float::kFloat64) reinterpret_cast<double*>(data.get())[i] = v;
-    if (type == Float::kFloat32) reinterpret_cast<float*>(data.get())[i] = static_cast<float>(v);
-    if (type == Float::kFloat16) reinterpret_cast<_Float16*>(data.get())[i] = static_cast<_Float16>(v);
-    if (type == Float::kBFloat16) {
-      const float f = static_cast<float>(v);
-      std::memcpy(data.get() + 2 * i, reinterpret_cast<const char*>(&f) + 2, 2);
-    }
-  }
-  double get(size_t i) const {
-    if (type == Float::kFloat64) return reinterpret_cast<const double*>(data.get())[i];
-    if (type == Float::kFloat32) return reinterpret_cast<const float*>(data.get())[i];
-    if (type == Float::kFloat16) return static_cast<double>(reinterpret_cast<const _Float16*>(data.get())[i]);
-    float f = 0;
-    std::memcpy(reinterpret_cast<char*>(&f) + 2, data.get() + 2 * i, 2);
-    return f;
-  }
-};
 
 void depth_case(const StochasticDepthKernels& k, Float type, Float noise_type, int64_t rows, int64_t count,
                 bool residual, bool past_caches) {
@@ -65,12 +25,12 @@ void depth_case(const StochasticDepthKernels& k, Float type, Float noise_type, i
   for (int64_t i = 0; residual && i < n; ++i) r.set(i, uniform(-3, 3));
   StochasticDepthArgs a{};
   a.dtype = type, a.noise_dtype = noise_type;
-  a.input = x.data.get(), a.noise = f.data.get(), a.residual = residual ? r.data.get() : nullptr;
-  a.out = y.data.get();
+  a.input = x.data(), a.noise = f.data(), a.residual = residual ? r.data() : nullptr;
+  a.out = y.data();
   a.rows = rows, a.count = count, a.stream = past_caches;
   k.forward(a, 0, n / 3);
   k.forward(a, n / 3, n);
-  const double tol = type == Float::kFloat64 ? 1e-15 : type == Float::kFloat32 ? 3e-7 : 1e-2;
+  const double tol = by_type(type, 1e-15, 3e-7, 1e-2, 1e-2);
   for (int64_t i = 0; i < n; ++i) {
     const double factor = f.get(i / count);
     const double want = (residual ? r.get(i) : 0) + (factor == 0 ? 0 : factor * x.get(i));
@@ -88,7 +48,5 @@ int main() {
         for (const bool past_caches : {false, true})
           for (const int64_t count : {1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 1001})
             for (const int64_t rows : {1, 2, 5, 8}) depth_case(k, type, noise, rows, count, residual, past_caches);
-  if (failures) return std::printf("%d failures\n", failures), 1;
-  std::puts("ok");
-  return 0;
+  return finish();
 }

@@ -2,13 +2,11 @@
 // columns and what lies between, whole and in steps, every dtype, rows of zeros and of extreme size, compared with
 // double-precision loops. Built and run by test_sanitized.py; "ok" means that all held.
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "../../csrc/cpu/weight_norm_kernel.h"
+#include "sanitized.h"
 
 using namespace dlkernels;
 
@@ -17,43 +15,6 @@ WeightNormKernels DL_TABLE();
 }
 
 namespace {
-
-std::mt19937 rng(0);
-double uniform(double a, double b) { return std::uniform_real_distribution<double>(a, b)(rng); }
-
-int failures = 0;
-void check(bool ok, const char* what, double got, double want) {
-  if (ok) return;
-  if (++failures <= 10) std::printf("FAILED %s: got %g, expected %g\n", what, got, want);
-}
-
-size_t size_of(Float t) { return t == Float::kFloat64 ? 8 : t == Float::kFloat32 ? 4 : 2; }
-
-// An array of exactly n elements of a storage type; values are rounded to it when they are set.
-struct Array {
-  Float type;
-  std::unique_ptr<char[]> data;
-  Array(Float t, size_t n) : type(t), data(new char[n * size_of(t) + (n == 0)]) {
-    std::memset(data.get(), 0xff, n * size_of(t));  // NaN in every type: an unwritten output shows
-  }
-  void set(size_t i, double v) {
-    if (type == Float::kFloat64) reinterpret_cast<double*>(data.get())[i] = v;
-    if (type == Float::kFloat32) reinterpret_cast<float*>(data.get())[i] = static_cast<float>(v);
-    if (type == Float::kFloat16) reinterpret_cast<_Float16*>(data.get())[i] = static_cast<_Float16>(v);
-    if (type == Float::kBFloat16) {
-      const float f = static_cast<float>(v);
-      std::memcpy(data.get() + 2 * i, reinterpret_cast<const char*>(&f) + 2, 2);
-    }
-  }
-  double get(size_t i) const {
-    if (type == Float::kFloat64) return reinterpret_cast<const double*>(data.get())[i];
-    if (type == Float::kFloat32) return reinterpret_cast<const float*>(data.get())[i];
-    if (type == Float::kFloat16) return static_cast<double>(reinterpret_cast<const _Float16*>(data.get())[i]);
-    float f = 0;
-    std::memcpy(reinterpret_cast<char*>(&f) + 2, data.get() + 2 * i, 2);
-    return f;
-  }
-};
 
 // In three steps, with scratch of exactly the size that the plan names.
 void steps(const WeightNormKernels& k, WeightNormArgs a) {
@@ -72,7 +33,7 @@ void steps(const WeightNormKernels& k, WeightNormArgs a) {
 void norm_case(const WeightNormKernels& k, Float type, Float g_type, int64_t A, int64_t K, int64_t B, bool whole,
                bool past_caches) {
   const int64_t n = A * K * B;
-  const Float acc = type == Float::kFloat64 ? type : Float::kFloat32;
+  const Float acc = accumulate(type);
   Array v(type, n), dw(type, n), w(type, n), dv(type, n), g(g_type, K), dg(g_type, K), norm(acc, K);
   // Row 1 holds zeros, row 2 what float32 cannot square (in the types that hold it).
   const auto row = [&](int64_t i) { return i / B % K; };
@@ -84,11 +45,11 @@ void norm_case(const WeightNormKernels& k, Float type, Float g_type, int64_t A, 
   for (int64_t i = 0; i < K; ++i) g.set(i, uniform(-2, 3));
   WeightNormArgs a{};
   a.dtype = type, a.g_dtype = g_type;
-  a.v = v.data.get(), a.g = g.data.get(), a.norm = norm.data.get(), a.out = w.data.get();
+  a.v = v.data(), a.g = g.data(), a.norm = norm.data(), a.out = w.data();
   a.outer = A, a.rows = K, a.inner = B;
   a.plan = weight_norm_plan(A, K, B);
   WeightNormArgs b = a;
-  b.grad_output = dw.data.get(), b.out = dv.data.get(), b.dg = dg.data.get(), b.stream = past_caches;
+  b.grad_output = dw.data(), b.out = dv.data(), b.dg = dg.data(), b.stream = past_caches;
   for (const WeightNormArgs& args : {a, b}) {
     if (!whole || a.plan.columns) {
       steps(k, args);
@@ -103,7 +64,7 @@ void norm_case(const WeightNormKernels& k, Float type, Float g_type, int64_t A, 
     dots[row(i)] += v.get(i) * dw.get(i);
     sizes[row(i)] += dw.get(i) * dw.get(i);
   }
-  const double eps = type == Float::kFloat64 ? 1e-13 : type == Float::kFloat32 ? 1e-5 : 1e-2;
+  const double eps = by_type(type, 1e-13, 1e-5, 1e-2, 1e-2);
   const double quantum = type == Float::kFloat16 ? 6e-8 : 0;  // between its smallest numbers
   for (int64_t r = 0; r < K; ++r) {
     const double length = std::sqrt(squares[r]), want = length == 0 ? 0 : dots[r] / length;
@@ -136,7 +97,5 @@ int main() {
       for (const Shape& s : shapes)
         for (const bool whole : {true, false})
           for (const bool past_caches : {true, false}) norm_case(k, type, g_type, s.A, s.K, s.B, whole, past_caches);
-  if (failures) return std::printf("%d failures\n", failures), 1;
-  std::puts("ok");
-  return 0;
+  return finish();
 }
