@@ -22,10 +22,10 @@ struct Shape {
 
 // Group norm as the formulas have it. A `size` is what the terms of a value add up to without their signs.
 struct Expected {
-  std::vector<double> hat, z, size_hat, size_z;    // like x, in the order of its memory
-  std::vector<double> a, b;                        // [N, C]
-  std::vector<double> mean, rstd, size_mean;       // [N, G]
-  std::vector<double> da, db, size_da, size_db;    // [N, C]
+  std::vector<double> hat, z, size_hat, size_z;  // like x, in the order of its memory
+  std::vector<double> a, b;                      // [N, C]
+  std::vector<double> mean, rstd, size_mean;     // [N, G]
+  std::vector<double> da, db, size_da, size_db;  // [N, C]
 };
 
 struct Layer {
@@ -46,8 +46,7 @@ struct Layer {
   void for_elements(F f) const {
     for (int64_t n = 0; n < shape.n; ++n)
       for (int64_t c = 0; c < shape.c; ++c)
-        for (int64_t i = 0; i < shape.s; ++i)
-          f(n, c, n * shape.c + c, n * shape.groups + c / d(), at(n, c, i));
+        for (int64_t i = 0; i < shape.s; ++i) f(n, c, n * shape.c + c, n * shape.groups + c / d(), at(n, c, i));
   }
 
   void forward() {
@@ -186,8 +185,7 @@ void norm_case(const GroupNormKernels& k, Float type, const Shape& s, bool chann
   const bool writes_residual = residual && activation != 0 && !(chosen(9) && chosen(1));
   Array dy(type, size, place), dx(type, size, place), dresidual(type, writes_residual ? size : 0, place);
   Array da(acc, s.n * s.c), db(acc, s.n * s.c);
-  for (int64_t i = 0; i < size; ++i)
-    dy.set(i, at_kink(activation, l.e.z[i], l.e.size_z[i], type) ? 0 : uniform(-1, 2));
+  for (int64_t i = 0; i < size; ++i) dy.set(i, at_kink(activation, l.e.z[i], l.e.size_z[i], type) ? 0 : uniform(-1, 2));
   a.y = nullptr;
   a.dy = dy.data(), a.dx = dx.data(), a.dresidual = given(dresidual), a.da = da.data(), a.db = db.data();
   run(k.backward);
@@ -199,7 +197,7 @@ void norm_case(const GroupNormKernels& k, Float type, const Shape& s, bool chann
 
 int main() {
   const GroupNormKernels k = DL_TABLE();
-  const Shape small[] = {{1, 1, 1, 1},   {2, 3, 1, 3},  {3, 6, 1, 2},   {2, 4, 7, 2},    {2, 5, 16, 5},
+  const Shape small[] = {{1, 1, 1, 1},   {2, 3, 1, 3},   {3, 6, 1, 2},   {2, 4, 7, 2},    {2, 5, 16, 5},
                          {3, 12, 33, 3}, {1, 10, 65, 1}, {2, 15, 64, 3}, {2, 64, 9, 4},   {1, 130, 5, 13},
                          {2, 96, 20, 3}, {2, 32, 64, 8}, {3, 40, 31, 5}, {1, 128, 32, 2}, {2, 160, 6, 10}};
   // Beyond a chunk of positions or of rows, and more channels than a chunk has rows for.

@@ -54,9 +54,9 @@ struct Layer {
   Float type;
   bool channels_last;
   int activation, gate, residual_activation;
-  Array x, residual, w1, b1, w2, b2;   // of no elements where they are not given
-  Sums mean, z1, hidden, z2, e, z;     // forward; hidden is activated
-  Sums dz, dz2, dz1, dx;               // backward
+  Array x, residual, w1, b1, w2, b2;  // of no elements where they are not given
+  Sums mean, z1, hidden, z2, e, z;    // forward; hidden is activated
+  Sums dz, dz2, dz1, dx;              // backward
 
   int64_t at(int64_t n, int64_t c, int64_t i) const {
     return channels_last ? (n * shape.s + i) * shape.c + c : (n * shape.c + c) * shape.s + i;
@@ -155,8 +155,8 @@ void outer_case(const SqueezeExciteKernels& k, Float parameter_type, const Array
   close(out, want, what);
 }
 
-void excite_case(const SqueezeExciteKernels& k, Float type, const Shape& s, bool channels_last,
-                 int residual_activation, bool residual) {
+void excite_case(const SqueezeExciteKernels& k, Float type, const Shape& s, bool channels_last, int residual_activation,
+                 bool residual) {
   // What is not looped over varies from case to case: activation and gate, biases, streaming, where arrays begin.
   const uint32_t bits = rng();
   const auto chosen = [&](int i) { return (bits >> i & 1) != 0; };
@@ -175,7 +175,16 @@ void excite_case(const SqueezeExciteKernels& k, Float type, const Shape& s, bool
           Array(acc, chosen(2) ? s.r : 0),
           Array(acc, s.c * inner),
           Array(acc, chosen(3) ? s.c : 0),
-          {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+          {},
+          {},
+          {},
+          {},
+          {},
+          {},
+          {},
+          {},
+          {},
+          {}};
   std::snprintf(where, sizeof where,
                 "(N %ld C %ld S %ld R %ld, dtype %d, last %d, act %d, gate %d, then %d, residual %d, bits %x)",
                 static_cast<long>(s.n), static_cast<long>(s.c), static_cast<long>(s.s), static_cast<long>(s.r),
@@ -240,14 +249,14 @@ void excite_case(const SqueezeExciteKernels& k, Float type, const Shape& s, bool
 int main() {
   const SqueezeExciteKernels k = DL_TABLE();
   // The last of each row of samples: one layer.
-  const Shape small[] = {{1, 1, 1, 1},  {1, 37, 1, 5},  {1, 64, 32, 16}, {1, 5, 7, 0},                  //
-                         {3, 3, 17, 1}, {3, 16, 16, 4}, {3, 33, 5, 17},  {3, 20, 1, 0},                 //
-                         {8, 4, 65, 2}, {8, 17, 3, 9},  {8, 32, 8, 33},  {8, 19, 2, 0},                 //
-                         {9, 6, 33, 3}, {9, 70, 2, 1},  {9, 31, 4, 8},   {9, 32, 32, 0},                //
+  const Shape small[] = {{1, 1, 1, 1},   {1, 37, 1, 5},  {1, 64, 32, 16}, {1, 5, 7, 0},    //
+                         {3, 3, 17, 1},  {3, 16, 16, 4}, {3, 33, 5, 17},  {3, 20, 1, 0},   //
+                         {8, 4, 65, 2},  {8, 17, 3, 9},  {8, 32, 8, 33},  {8, 19, 2, 0},   //
+                         {9, 6, 33, 3},  {9, 70, 2, 1},  {9, 31, 4, 8},   {9, 32, 32, 0},  //
                          {13, 2, 64, 1}, {13, 18, 9, 7}, {13, 64, 1, 20}, {13, 9, 31, 0}};
   // Beyond a chunk of positions, beyond blocks of rows; one, two and three samples at a time; long sums over samples.
-  const Shape large[] = {{2, 2, 4099, 1}, {1, 3, 8256, 0}, {2, 5, 1100, 2}, {3, 64, 1088, 4},
-                         {3, 64, 512, 4}, {13, 35, 625, 3}, {300, 3, 2, 2}, {600, 5, 1, 0}};
+  const Shape large[] = {{2, 2, 4099, 1}, {1, 3, 8256, 0},  {2, 5, 1100, 2}, {3, 64, 1088, 4},
+                         {3, 64, 512, 4}, {13, 35, 625, 3}, {300, 3, 2, 2},  {600, 5, 1, 0}};
   for (const Float type : {Float::kFloat32, Float::kFloat16, Float::kBFloat16, Float::kFloat64})
     for (const bool channels_last : {false, true})
       for (int activation = 0; activation < kActivations; ++activation)
