@@ -38,12 +38,15 @@ demo: build
 
 test: test-python test-interpreter
 
+# Two workers where pytest-xdist is there.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2")' 2>/dev/null)
+
 test-python: build
-	$(PY) -m pytest tests --ignore tests/triton_kernels
+	$(PYTEST) tests --ignore tests/triton_kernels
 
 test-interpreter: build
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/ops -k triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops -k triton
 
 bench: build
 	$(PY) -m pytest benchmarks
@@ -54,12 +57,12 @@ gpu: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(dir $(PY))clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' | xargs $(dir $(PY))clang-format --dry-run --Werror
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp' | xargs $(dir $(PY))clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' | xargs $(dir $(PY))clang-format -i
 
 clean:
 	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_build_record.json
