@@ -42,7 +42,8 @@ needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None,
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     full = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    full.pop("PYTEST_ADDOPTS", None)
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):  # of the run that this test is part of
+        full.pop(name, None)
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=full, capture_output=True, text=True, timeout=300)
 
 
