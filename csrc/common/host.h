@@ -32,8 +32,8 @@ std::string cpu_capability_name();
 #endif
 
 // Outputs beyond this size are written past the caches: they would not be found there anyway. Layers, whose passes read
-// and write as much again, gain from 4 MB on, also with what reads the output next counted in.
-constexpr int64_t kStreamBytes = int64_t{12} << 20, kStreamLayerBytes = int64_t{4} << 20;
+// and write as much again, gain from 2 MB on, also with what reads the output next counted in.
+constexpr int64_t kStreamBytes = int64_t{12} << 20, kStreamLayerBytes = int64_t{2} << 20;
 
 inline at::ScalarType accumulate_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

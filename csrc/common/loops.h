@@ -34,6 +34,10 @@ DL_INLINE A parameter(const void* p, Float dtype, int64_t i, A missing) {
   }
 }
 
+// The vector of it at element i, of which `left` elements exist.
+template <class A>
+DL_INLINE typename Lanes<A>::vec parameters(const void* p, Float dtype, int64_t i, int64_t left, double missing);
+
 // The way back, rounded to the parameter's dtype.
 DL_INLINE void set_parameter(void* p, Float dtype, int64_t i, double value) {
   switch (dtype) {
@@ -56,6 +60,18 @@ DL_INLINE void store_some(T* p, typename Lanes<T>::vec v, int64_t n) {
   } else {
     store_part(p, v, n);
   }
+}
+
+template <>
+DL_INLINE double parameters<double>(const void* p, Float dtype, int64_t i, int64_t, double missing) {
+  return parameter<double>(p, dtype, i, missing);
+}
+template <>
+DL_INLINE vfloat parameters<float>(const void* p, Float dtype, int64_t i, int64_t left, double missing) {
+  if (p == nullptr) return splat<vfloat>(missing);
+  if (dtype == Float::kFloat16) return load_some(static_cast<const float16*>(p) + i, left);
+  if (dtype == Float::kBFloat16) return load_some(static_cast<const bfloat16*>(p) + i, left);
+  return load_some(static_cast<const float*>(p) + i, left);
 }
 
 // v with the lanes from n on set to 0: a partial vector's share of a sum.

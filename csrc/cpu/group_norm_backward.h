@@ -140,11 +140,10 @@ void backward_channels_last(const GroupNormArgs& a, const Item& item,
   const int64_t stash_stride = p.stash == s.stash ? width : stride;
   const A* means = static_cast<const A*>(a.mean) + item.n * a.groups + item.c_begin / d;
   const A* rstds = static_cast<const A*>(a.rstd) + item.n * a.groups + item.c_begin / d;
+  fill_affine(a, item.n, item.c_begin, width, s.slope, s.offset);
   for (int64_t c = 0; c < width; ++c) {
-    const Affine<A> affine = affine_of<A>(a, item.n, item.c_begin + c);
     s.mean[c] = means[c / d];
-    s.slope[c] = rstds[c / d] * affine.slope;
-    s.offset[c] = affine.offset;
+    s.slope[c] *= rstds[c / d];
     s.first[c] = s.second[c] = 0;
   }
   for (int64_t c = 0; c < s.padded; ++c) s.q[c] = s.rest[c] = 0;

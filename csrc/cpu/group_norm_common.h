@@ -83,6 +83,19 @@ DL_INLINE Affine<A> affine_of(const GroupNormArgs& a, int64_t n, int64_t c) {
   return {slope, offset + parameter<A>(a.shift.data, a.shift.dtype, nc, 0)};
 }
 
+// The same for `width` channels from c on, in arrays as long as whole vectors.
+template <class A>
+void fill_affine(const GroupNormArgs& a, int64_t n, int64_t c, int64_t width, A* slope, A* offset) {
+  using V = typename Lanes<A>::vec;
+  for (int64_t i = 0; i < width; i += Lanes<A>::width) {
+    const int64_t left = width - i, nc = n * a.c + c + i;
+    const V factor = parameters<A>(a.scale.data, a.scale.dtype, nc, left, 0) + splat<V>(1);
+    const V shift = parameters<A>(a.shift.data, a.shift.dtype, nc, left, 0);
+    store(slope + i, parameters<A>(a.weight.data, a.weight.dtype, c + i, left, 1) * factor);
+    store(offset + i, parameters<A>(a.bias.data, a.bias.dtype, c + i, left, 0) * factor + shift);
+  }
+}
+
 // Moments of n contiguous values: per chunk a mean, then deviations from it, corrected for the mean's own rounding.
 template <class T>
 Moments contiguous_moments(const T* x, int64_t n) {
@@ -115,7 +128,9 @@ Moments contiguous_moments(const T* x, int64_t n) {
     }
     const double off = sum((d[0] + d[1]) + (d[2] + d[3])), rest = sum((q[0] + q[1]) + (q[2] + q[3]));
     const double c = static_cast<double>(count);
-    merge(all, {c, mean + off / c, std::max(rest - off * off / c, rest * 0)});
+    const Moments part{c, mean + off / c, std::max(rest - off * off / c, rest * 0)};
+    if (count == n) return part;
+    merge(all, part);
   }
   return all;
 }

@@ -63,6 +63,7 @@ void forward_channels_last(const GroupNormArgs& a, const Item& item,
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
   T* y = static_cast<T*>(a.y) + at;
   channel_moments(x, a.s, stride, width, s);
+  fill_affine(a, item.n, item.c_begin, width, s.slope, s.offset);
   for (int64_t g = 0; g < width / d; ++g) {
     const Moments m = group_moments(s.first + g * d, s.second + g * d, d, a.s);
     const double rstd = reciprocal_std(m, a.eps);
@@ -70,10 +71,8 @@ void forward_channels_last(const GroupNormArgs& a, const Item& item,
     static_cast<A*>(a.mean)[group] = static_cast<A>(m.mean);
     static_cast<A*>(a.rstd)[group] = static_cast<A>(rstd);
     for (int64_t c = g * d; c < (g + 1) * d; ++c) {
-      const Affine<A> affine = affine_of<A>(a, item.n, item.c_begin + c);
       s.mean[c] = static_cast<A>(m.mean);
-      s.slope[c] = static_cast<A>(rstd) * affine.slope;
-      s.offset[c] = affine.offset;
+      s.slope[c] *= static_cast<A>(rstd);
     }
   }
   const bool past_caches = a.stream && may_stream(y, a.c) && width * static_cast<int64_t>(sizeof(T)) % 64 == 0;

@@ -3,6 +3,7 @@
 
 #include "group_norm_backward.h"
 #include "group_norm_forward.h"
+#include "group_norm_vectors.h"
 
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
@@ -29,7 +30,9 @@ static void forward(const GroupNormArgs& a, int64_t begin, int64_t end, void* sc
     constexpr Activation K = decltype(kind)::value;
     for (int64_t i = begin; i < end; ++i) {
       const Item item = item_of(a, i);
-      if (a.channels_last) {
+      if (a.channels_last && a.s == 1) {
+        forward_vectors<T, K>(a, item, {scratch, item.c_end - item.c_begin});
+      } else if (a.channels_last) {
         forward_channels_last<T, K>(a, item, {scratch, item.c_end - item.c_begin});
       } else {
         forward_contiguous<T, K>(a, item);
@@ -45,7 +48,9 @@ static void backward(const GroupNormArgs& a, int64_t begin, int64_t end, void* s
     constexpr Activation K = decltype(kind)::value;
     for (int64_t i = begin; i < end; ++i) {
       const Item item = item_of(a, i);
-      if (a.channels_last) {
+      if (a.channels_last && a.s == 1) {
+        backward_vectors<T, K>(a, item, {scratch, item.c_end - item.c_begin});
+      } else if (a.channels_last) {
         backward_channels_last<T, K>(a, item, {scratch, item.c_end - item.c_begin});
       } else {
         backward_contiguous<T, K>(a, item, {scratch, 0});
