@@ -140,6 +140,7 @@ CASES = [
     layer(OP, RESNET, groups=32, **NHWC),
     layer(OP, RESNET, BF16, groups=32, **NHWC),
     *both(layer(OP, RESNET, groups=32, activation="silu")),
+    layer(OP, RESNET, groups=32, activation="silu", **NHWC),
     layer(OP, RESNET, BF16, groups=32, activation="silu", **NHWC),
     layer(OP, RESNET, groups=32, activation="relu", residual=True),
     layer(OP, RESNET, groups=32, activation="silu", film=True),
@@ -152,7 +153,6 @@ CASES = [
 
 FULL_CASES = [
     *(c for dtype in (BF16, FP16) for c in both(layer(OP, RESNET, dtype, groups=32))),
-    layer(OP, RESNET, groups=32, activation="silu", **NHWC),
     *both(layer(OP, (8, 64, 56, 56), groups=32)),
     *both(layer(OP, (8, 512, 14, 14), groups=32)),
     *both(layer(OP, (8, 2048, 7, 7), groups=32)),
