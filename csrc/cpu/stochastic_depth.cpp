@@ -11,13 +11,7 @@ namespace dlkernels {
 namespace {
 
 const StochasticDepthKernels& kernels() {
-  static const StochasticDepthKernels table = [] {
-#if defined(__x86_64__)
-    if (cpu_capability() == Capability::kAvx512) return stochastic_depth_kernels_AVX512();
-    if (cpu_capability() == Capability::kAvx2) return stochastic_depth_kernels_AVX2();
-#endif
-    return stochastic_depth_kernels_DEFAULT();
-  }();
+  static const StochasticDepthKernels table = DL_KERNELS_OF_THIS_MACHINE(stochastic_depth_kernels);
   return table;
 }
 
@@ -37,7 +31,7 @@ at::Tensor stochastic_depth_forward(const at::Tensor& input, const at::Tensor& n
   a.out = out.mutable_data_ptr();
   a.rows = noise.numel();
   a.count = total / a.rows;
-  a.stream = static_cast<int64_t>(out.nbytes()) > kStreamBytes;
+  a.stream = static_cast<int64_t>(out.nbytes()) > kStreamLayerBytes;
   at::parallel_for(0, total, 32768, [&](int64_t begin, int64_t end) { kernels().forward(a, begin, end); });
   return out;
 }

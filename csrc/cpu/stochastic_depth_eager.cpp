@@ -6,6 +6,7 @@
 
 #include "../common/eager.h"
 #include "../common/host.h"
+#include "../common/node.h"
 #include "stochastic_depth.h"
 
 namespace py = pybind11;
@@ -13,28 +14,25 @@ namespace py = pybind11;
 namespace dlkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct StochasticDepthNode : torch::autograd::Function<StochasticDepthNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const std::optional<at::Tensor>& residual,
-                            const at::Tensor& noise) {
-    ctx->save_for_backward({noise});
-    ctx->saved_data["last"] = channels_last(input);
-    ctx->saved_data["has_residual"] = residual.has_value();
-    return stochastic_depth_forward(input, noise, value_or_undefined(residual));
-  }
+struct StochasticDepthNode : LightNode<1> {
+  bool last = false, has_residual = false;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  std::string name() const override { return "StochasticDepthBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::stochastic_depth_fwd", c10::ArrayRef<const c10::IValue>{});
-    const at::Tensor noise = ctx->get_saved_variables()[0], &g = grads[0];
-    const at::Tensor dresidual = ctx->saved_data["has_residual"].toBool() ? g : at::Tensor();
-    if (!ctx->needs_input_grad(0)) return {{}, dresidual, {}};
-    const bool last = ctx->saved_data["last"].toBool();
+    const auto [noise] = unpack();
+    const at::Tensor& g = grads[0];
+    variable_list result{at::Tensor()};
+    if (has_residual) result.push_back(g);
+    if (!g.defined() || !task_should_compute_output(0)) return result;
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(g)) {
       const bool in_place = last ? channels_last(g) : g.is_contiguous();
       const at::Tensor rows = in_place ? g : last ? g.movedim(1, -1).contiguous().movedim(-1, 1) : g.contiguous();
-      return {stochastic_depth_forward(rows, noise, {}), dresidual, {}};
+      result[0] = stochastic_depth_forward(rows, noise, {});
+      return result;
     }
     static const auto fwd = op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>(
         "dlkernels::stochastic_depth_fwd");
@@ -42,7 +40,8 @@ struct StochasticDepthNode : torch::autograd::Function<StochasticDepthNode> {
     const at::Tensor dx =
         fwd.call(order.reshape({noise.numel(), g.numel() / std::max<int64_t>(1, noise.numel())}), noise, std::nullopt)
             .reshape(order.sizes());
-    return {last ? dx.movedim(-1, 1) : dx, dresidual, {}};
+    result[0] = last ? dx.movedim(-1, 1) : dx;
+    return result;
   }
 };
 
@@ -77,8 +76,13 @@ py::object stochastic_depth(py::handle input_object, py::handle p_object, py::ha
       noise = at::empty({rows}, input.options()).bernoulli_(1.0 - *p);
       if (*p < 1.0) noise.div_(1.0 - *p);
     }
-    if (wants_grad(input) || wants_grad(residual)) return StochasticDepthNode::apply(input, optional(residual), noise);
-    return stochastic_depth_forward(input, noise, residual);
+    const at::Tensor y = stochastic_depth_forward(input, noise, residual);
+    if (!wants_grad(input) && !wants_grad(residual)) return y;
+    auto node = std::make_unique<StochasticDepthNode>();
+    node->last = channels_last(input);
+    node->has_residual = residual.defined();
+    if (!residual.defined()) return StochasticDepthNode::attach(std::move(node), y, {noise}, input);
+    return StochasticDepthNode::attach(std::move(node), y, {noise}, input, residual);
   });
 }
 

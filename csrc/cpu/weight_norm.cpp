@@ -12,13 +12,7 @@ namespace dlkernels {
 namespace {
 
 const WeightNormKernels& kernels() {
-  static const WeightNormKernels table = [] {
-#if defined(__x86_64__)
-    if (cpu_capability() == Capability::kAvx512) return weight_norm_kernels_AVX512();
-    if (cpu_capability() == Capability::kAvx2) return weight_norm_kernels_AVX2();
-#endif
-    return weight_norm_kernels_DEFAULT();
-  }();
+  static const WeightNormKernels table = DL_KERNELS_OF_THIS_MACHINE(weight_norm_kernels);
   return table;
 }
 
@@ -68,6 +62,7 @@ std::tuple<at::Tensor, at::Tensor> weight_norm_forward(const at::Tensor& v, cons
   WeightNormArgs a = arguments(v, g, view);
   a.out = w.mutable_data_ptr();
   a.norm = norm.mutable_data_ptr();
+  a.stream = static_cast<int64_t>(w.nbytes()) > kStreamLayerBytes;
   run(a);
   return {w, norm};
 }
@@ -81,8 +76,7 @@ std::tuple<at::Tensor, at::Tensor> weight_norm_backward(const at::Tensor& grad_o
   a.grad_output = dw.const_data_ptr();
   a.out = dv.mutable_data_ptr();
   a.dg = dg.mutable_data_ptr();
-  // Three tensors of this size pass by; dv is not read before the rest of the backward pass has done so too.
-  a.stream = 3 * static_cast<int64_t>(dv.nbytes()) > 2 * kStreamBytes;
+  a.stream = static_cast<int64_t>(dv.nbytes()) > kStreamLayerBytes;
   a.norm = const_cast<void*>(norm.const_data_ptr());  // only read, where grad_output is given
   run(a);
   return {dv, dg};

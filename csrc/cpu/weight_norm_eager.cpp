@@ -6,6 +6,7 @@
 
 #include "../common/eager.h"
 #include "../common/host.h"
+#include "../common/node.h"
 #include "weight_norm.h"
 
 namespace py = pybind11;
@@ -13,7 +14,6 @@ namespace py = pybind11;
 namespace dlkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Dimensions in memory order, for a contiguous or channels_last tensor: those before `dim`, itself, those behind.
@@ -40,30 +40,24 @@ at::Tensor from_rows(const at::Tensor& x, bool last, const at::Tensor& like) {
   return x.reshape(like.movedim(1, -1).sizes()).movedim(-1, 1);
 }
 
-struct WeightNormNode : torch::autograd::Function<WeightNormNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& v, const at::Tensor& g, WeightNormView view,
-                            bool last) {
-    auto [w, norm] = weight_norm_forward(v, g, view);
-    ctx->save_for_backward({v, g, norm});
-    ctx->saved_data["view"] = std::vector<int64_t>{view.outer, view.rows, view.inner, last};
-    return w;
-  }
+struct WeightNormNode : LightNode<3> {
+  WeightNormView view{};
+  bool last = false;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  std::string name() const override { return "WeightNormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::weight_norm_bwd", c10::ArrayRef<const c10::IValue>{});
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &v = saved[0], &g = saved[1], &norm = saved[2];
-    const std::vector<int64_t> s = ctx->saved_data["view"].toIntVector();
-    const WeightNormView view{s[0], s[1], s[2]};
-    const bool last = s[3] != 0;
+    const auto [v, g, norm] = unpack();
+    if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
       auto [dv, dg] = weight_norm_backward(grads[0], v, g, norm, view);
-      return {dv, dg, {}, {}};
+      return {dv, dg};
     }
     static const auto bwd = op<std::tuple<at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>("dlkernels::weight_norm_bwd");
     auto [dv, dg] = bwd.call(rows_of(grads[0], last, view), rows_of(v, last, view), g.reshape({view.rows}), norm);
-    return {from_rows(dv, last, v), dg.reshape(g.sizes()), {}, {}};
+    return {from_rows(dv, last, v), dg.reshape(g.sizes())};
   }
 };
 
@@ -91,8 +85,12 @@ py::object weight_norm(py::handle v_object, py::handle g_object, py::handle dim_
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::weight_norm_fwd", c10::ArrayRef<const c10::IValue>{});
     const WeightNormView view = memory_view(v, dim, last);
-    if (wants_grad(v) || wants_grad(g)) return WeightNormNode::apply(v, g, view, last);
-    return std::get<0>(weight_norm_forward(v, g, view));
+    const auto [w, norm] = weight_norm_forward(v, g, view);
+    if (!wants_grad(v) && !wants_grad(g)) return w;
+    auto node = std::make_unique<WeightNormNode>();
+    node->view = view;
+    node->last = last;
+    return WeightNormNode::attach(std::move(node), w, {v, g, norm}, v, g);
   });
 }
 

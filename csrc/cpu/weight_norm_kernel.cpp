@@ -146,8 +146,8 @@ struct Problem {
       if (r.kind != kUsual) return slowly(at, n, r);
       const T* next = more ? x + at + args.inner : nullptr;
       const T* next_v = kBackward && more ? v + at + args.inner : next;
-      if (kBackward && args.stream && aligned(out + at))
-        combine<T, kBackward, kBackward>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
+      if (args.stream && aligned(out + at))
+        combine<T, kBackward, true>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
       else combine<T, kBackward, false>(out + at, x + at, v + at, n, r.a, r.b, next, next_v);
     });
   }
@@ -219,7 +219,7 @@ struct Problem {
     for (int64_t o = begin; o < end; ++o) {
       const T *px = x + o * width, *pv = v + o * width;
       T* to = out + o * width;
-      const bool past_caches = kBackward && args.stream && aligned(to);
+      const bool past_caches = args.stream && aligned(to);
       int64_t c = 0;
       for (; c + kWidth <= width; c += kWidth) {
         V r = load(px + c) * load(fa + c);

@@ -48,7 +48,7 @@ struct WeightNormArgs {
   void* dg;                    // [K] in g_dtype, or nullptr: forward
   int64_t outer, rows, inner;  // A, K, B
   WeightNormPlan plan;
-  bool stream;  // write dv past the caches
+  bool stream;  // write w or dv past the caches
   // Scratch of the three steps.
   void* partial;    // rows: [K, segments] double; columns: [segments, K B] float32 (float64)
   double* factors;  // [3, K]: a, b and the kind of the row
