@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../common/eager.h"
+#include "../common/node.h"
 #include "group_norm.h"
 
 namespace py = pybind11;
@@ -15,45 +16,33 @@ namespace py = pybind11;
 namespace dlkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct GroupNormNode : torch::autograd::Function<GroupNormNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& weight, const Optional& bias,
-                            const Optional& residual, const Optional& scale, const Optional& shift, const Rows& rows,
-                            const GroupNormOptions& o) {
-    const GroupNormTensors t{x,
-                             value_or_undefined(weight),
-                             value_or_undefined(bias),
-                             value_or_undefined(residual),
-                             value_or_undefined(scale),
-                             value_or_undefined(shift)};
-    const GroupNormResult r = group_norm_forward(t, rows, o);
-    ctx->save_for_backward(
-        {x, r.mean, r.rstd, t.weight, t.bias, o.activation ? t.residual : at::Tensor(), t.scale, t.shift});
-    ctx->saved_data["eps"] = o.eps;
-    ctx->saved_data["activation"] = o.activation * 2 + (t.residual.defined() ? 1 : 0);
-    return r.y;
-  }
+// Keeps x, mean, rstd, weight, bias, residual (with an activation), scale, shift.
+struct GroupNormNode : LightNode<8> {
+  GroupNormOptions options{};
+  bool has_residual = false;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  std::string name() const override { return "GroupNormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::group_norm_bwd", c10::ArrayRef<const c10::IValue>{});
-    const variable_list saved = ctx->get_saved_variables();
+    const auto saved = unpack();
+    if (!grads[0].defined()) return variable_list(6);
     const at::Tensor &x = saved[0], &mean = saved[1], &rstd = saved[2];
-    const int64_t packed = ctx->saved_data["activation"].toInt();
-    const GroupNormOptions o{mean.size(1), ctx->saved_data["eps"].toDouble(), packed / 2};
     const Rows rows = rows_of(x);
     GroupNormGrads g;
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
-      g = group_norm_backward(grads[0], {x, saved[3], saved[4], saved[5], saved[6], saved[7]}, mean, rstd, rows, o);
+      g = group_norm_backward(grads[0], {x, saved[3], saved[4], saved[5], saved[6], saved[7]}, mean, rstd, rows,
+                              options);
     } else {
-      g = through_the_dispatcher(grads[0], saved, rows, o);
+      g = through_the_dispatcher(grads[0], saved, rows, options);
     }
-    if (packed % 2 && !o.activation) g.residual = grads[0];
-    return {g.x, g.weight, g.bias, g.residual, g.scale, g.shift, {}, {}};
+    if (has_residual && !options.activation) g.residual = grads[0];
+    return {g.x, g.weight, g.bias, g.residual, g.scale, g.shift};
   }
 
-  static GroupNormGrads through_the_dispatcher(const at::Tensor& grad_output, const variable_list& saved,
+  static GroupNormGrads through_the_dispatcher(const at::Tensor& grad_output, const std::array<at::Tensor, 8>& saved,
                                                const Rows& rows, const GroupNormOptions& o) {
     using T = const at::Tensor&;
     using Out = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -89,11 +78,17 @@ py::object group_norm(py::handle input, py::handle num_groups, py::handle weight
   const GroupNormOptions o{*groups, *epsilon, *code};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::group_norm_fwd", c10::ArrayRef<const c10::IValue>{});
-    if (wants_grad(x) || wants_grad(t.weight) || wants_grad(t.bias) || wants_grad(t.residual) || wants_grad(t.scale) ||
-        wants_grad(t.shift))
-      return GroupNormNode::apply(x, optional(t.weight), optional(t.bias), optional(t.residual), optional(t.scale),
-                                  optional(t.shift), rows, o);
-    return group_norm_forward(t, rows, o).y;
+    const GroupNormResult r = group_norm_forward(t, rows, o);
+    if (!(wants_grad(x) || wants_grad(t.weight) || wants_grad(t.bias) || wants_grad(t.residual) ||
+          wants_grad(t.scale) || wants_grad(t.shift)))
+      return r.y;
+    auto node = std::make_unique<GroupNormNode>();
+    node->options = o;
+    node->has_residual = t.residual.defined();
+    return GroupNormNode::attach(
+        std::move(node), r.y,
+        {x, r.mean, r.rstd, t.weight, t.bias, o.activation ? t.residual : at::Tensor(), t.scale, t.shift}, x, t.weight,
+        t.bias, t.residual, t.scale, t.shift);
   });
 }
 

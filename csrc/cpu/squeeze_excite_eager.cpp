@@ -6,6 +6,7 @@
 #include <ATen/record_function.h>
 
 #include "../common/eager.h"
+#include "../common/node.h"
 #include "squeeze_excite.h"
 
 namespace py = pybind11;
@@ -13,7 +14,6 @@ namespace py = pybind11;
 namespace dlkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A weight as a matrix: [R, C, 1, 1] of a 1x1 convolution too.
@@ -24,29 +24,17 @@ at::Tensor channels_first(const at::Tensor& x, bool channels_inner) {
   return x.defined() && channels_inner ? x.movedim(-1, 1) : x;
 }
 
-struct SqueezeExciteNode : torch::autograd::Function<SqueezeExciteNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const Optional& w1, const Optional& b1,
-                            const at::Tensor& w2, const Optional& b2, const Optional& residual,
-                            const SqueezeExciteOptions& o, bool channels_inner) {
-    const at::Tensor x = channels_first(input, channels_inner);
-    const at::Tensor r = channels_first(value_or_undefined(residual), channels_inner);
-    const SqueezeExciteTensors t{x,          matrix(value_or_undefined(w1)), value_or_undefined(b1),
-                                 matrix(w2), value_or_undefined(b2),         r};
-    const SqueezeExciteResult out = squeeze_excite_forward(t, rows_of(x), o);
-    ctx->save_for_backward({input, out.mean, out.hidden, out.gate, value_or_undefined(w1), value_or_undefined(b1), w2,
-                            value_or_undefined(b2),
-                            o.residual_activation ? value_or_undefined(residual) : at::Tensor()});
-    ctx->saved_data["options"] = o.activation | o.gate << 8 | o.residual_activation << 16 |
-                                 int64_t{channels_inner} << 24 | int64_t{r.defined()} << 25;
-    return channels_inner ? out.y.movedim(1, -1) : out.y;
-  }
+// Keeps x, mean, hidden, gate, w1, b1, w2, b2, residual (with an activation); x and residual as they were given.
+struct SqueezeExciteNode : LightNode<9> {
+  SqueezeExciteOptions options{};
+  bool channels_inner = false, has_residual = false;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  std::string name() const override { return "SqueezeExciteBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::squeeze_excite_bwd", c10::ArrayRef<const c10::IValue>{});
-    const variable_list saved = ctx->get_saved_variables();
-    const int64_t packed = ctx->saved_data["options"].toInt();
-    const SqueezeExciteOptions o{packed & 255, packed >> 8 & 255, packed >> 16 & 255};
-    const bool channels_inner = packed >> 24 & 1, has_residual = packed >> 25 & 1;
+    const auto saved = unpack();
+    if (!grads[0].defined()) return variable_list(6);
     const at::Tensor x = channels_first(saved[0], channels_inner);
     const at::Tensor dy = channels_first(grads[0], channels_inner);
     const at::Tensor residual = channels_first(saved[8], channels_inner);
@@ -54,20 +42,20 @@ struct SqueezeExciteNode : torch::autograd::Function<SqueezeExciteNode> {
     SqueezeExciteGrads g;
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
       g = squeeze_excite_backward(dy, {x, matrix(saved[4]), saved[5], matrix(saved[6]), saved[7], residual},
-                                  {at::Tensor(), saved[1], saved[2], saved[3]}, rows, o);
+                                  {at::Tensor(), saved[1], saved[2], saved[3]}, rows, options);
     } else {
-      g = through_the_dispatcher(dy, x, residual, saved, rows, o);
+      g = through_the_dispatcher(dy, x, residual, saved, rows, options);
     }
     const auto back = [&](const at::Tensor& d) { return d.defined() && channels_inner ? d.movedim(1, -1) : d; };
     const auto shaped = [](const at::Tensor& d, const at::Tensor& w) {
       return d.defined() && d.dim() != w.dim() ? d.reshape(w.sizes()) : d;
     };
-    const at::Tensor dresidual = has_residual && !o.residual_activation ? grads[0] : back(g.residual);
-    return {back(g.x), shaped(g.w1, saved[4]), g.b1, shaped(g.w2, saved[6]), g.b2, dresidual, {}, {}};
+    const at::Tensor dresidual = has_residual && !options.residual_activation ? grads[0] : back(g.residual);
+    return {back(g.x), shaped(g.w1, saved[4]), g.b1, shaped(g.w2, saved[6]), g.b2, dresidual};
   }
 
   static SqueezeExciteGrads through_the_dispatcher(const at::Tensor& dy, const at::Tensor& x,
-                                                   const at::Tensor& residual, const variable_list& saved,
+                                                   const at::Tensor& residual, const std::array<at::Tensor, 9>& saved,
                                                    const Rows& rows, const SqueezeExciteOptions& o) {
     using T = const at::Tensor&;
     using Out = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -120,15 +108,25 @@ py::object squeeze_excite(py::handle input, py::handle w1, py::handle b1, py::ha
   const SqueezeExciteOptions o{*act, *gate_code, *after};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::squeeze_excite_fwd", c10::ArrayRef<const c10::IValue>{});
-    if (wants_grad(given_x) || wants_grad(t.w1) || wants_grad(t.b1) || wants_grad(t.w2) || wants_grad(t.b2) ||
-        wants_grad(t.residual))
-      return SqueezeExciteNode::apply(given_x, optional(t.w1), optional(t.b1), t.w2, optional(t.b2),
-                                      optional(t.residual), o, *order > 0);
-    const at::Tensor y =
-        squeeze_excite_forward({x, matrix(t.w1), t.b1, matrix(t.w2), t.b2, channels_first(t.residual, *order > 0)},
-                               rows, o)
-            .y;
-    return *order > 0 ? y.movedim(1, -1) : y;
+    const bool inner = *order > 0;
+    SqueezeExciteResult r;
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;  // views without a history
+      r = squeeze_excite_forward({x, matrix(t.w1), t.b1, matrix(t.w2), t.b2, channels_first(t.residual, inner)}, rows,
+                                 o);
+      if (inner) r.y = r.y.movedim(1, -1);
+    }
+    if (!(wants_grad(given_x) || wants_grad(t.w1) || wants_grad(t.b1) || wants_grad(t.w2) || wants_grad(t.b2) ||
+          wants_grad(t.residual)))
+      return r.y;
+    auto node = std::make_unique<SqueezeExciteNode>();
+    node->options = o;
+    node->channels_inner = inner;
+    node->has_residual = t.residual.defined();
+    return SqueezeExciteNode::attach(
+        std::move(node), r.y,
+        {given_x, r.mean, r.hidden, r.gate, t.w1, t.b1, t.w2, t.b2, o.residual_activation ? t.residual : at::Tensor()},
+        given_x, t.w1, t.b1, t.w2, t.b2, t.residual);
   });
 }
 
