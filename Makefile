@@ -38,8 +38,8 @@ demo: build
 
 test: test-python test-interpreter
 
-# Two workers where pytest-xdist is there.
-PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2")' 2>/dev/null)
+# Two workers where pytest-xdist is there; the one that is done takes over what waits for the other.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 
 test-python: build
 	$(PYTEST) tests --ignore tests/triton_kernels

@@ -158,12 +158,11 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
     """One object per kernel file and instruction set, with the flags that only these files may have."""
     folder = folder / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
     jobs = []
     for source in kernels:
         for name, flags in INSTRUCTION_SETS.items():
             target = folder / f"{source.stem}.{name}.o"
-            if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            if stale(target):
                 quiet = ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 headers
                 command = [
                     *cxx().split(),
@@ -173,6 +172,7 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
                     *flags,
                     f"-DCPU_CAPABILITY={name}",
                     "-fPIC",
+                    "-MMD",  # what the object was made of, beside it in a .d file
                 ]
                 jobs.append([*command, "-c", str(source), "-o", str(target)])
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
@@ -180,6 +180,16 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
             if done.returncode:
                 raise SystemExit(f"compiling failed: {' '.join(job)}")
     return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
+
+
+def stale(target: Path) -> bool:
+    """Whether an object is missing, or older than a file that it was made of."""
+    made_of = target.with_suffix(".d")
+    if not (target.exists() and made_of.exists()):
+        return True
+    names = made_of.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
+    files = [Path(name) for name in names] + [ROOT / "setup.py"]
+    return any(not p.exists() or p.stat().st_mtime > target.stat().st_mtime for p in files)
 
 
 def version() -> str:
