@@ -7,12 +7,16 @@ from ._backend import backend
 from ._info import build_info
 from ._version import __version__
 from .ops import (
+    center_loss,
     cross_entropy,
     group_norm,
+    island_loss,
     sigmoid_focal_loss,
     softmax_focal_loss,
+    sparse_center_loss,
     squeeze_excite,
     stochastic_depth,
+    update_centers_,
     weight_norm,
 )
 
@@ -20,13 +24,17 @@ __all__ = [
     "__version__",
     "backend",
     "build_info",
+    "center_loss",
     "cross_entropy",
     "group_norm",
+    "island_loss",
     "nn",
     "ops",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
+    "sparse_center_loss",
     "squeeze_excite",
     "stochastic_depth",
+    "update_centers_",
     "weight_norm",
 ]

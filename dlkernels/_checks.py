@@ -126,3 +126,12 @@ def like(name: str, value: Any, other_name: str, other: Tensor) -> None:
         raise TypeError(f"`{name}` must have the dtype of `{other_name}`, {other.dtype}, got {value.dtype}")
     shape(name, value, shape_of(other), f"of {other_name}")
     same_device(name, value, other_name, other)
+
+
+def labels(name: str, value: Any, expected: tuple[int, ...], meaning: str, like_name: str, like: Tensor) -> None:
+    """Class indices: integers of a shape, on the device of the features."""
+    tensor(name, value)
+    if value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"`{name}` must be of an integer dtype, got {value.dtype}")
+    shape(name, value, expected, meaning)
+    same_device(name, value, like_name, like)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._library import OPS
+from ._library import MUTATIONS, OPS
 
 
 def build_info() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "cuda_capability": ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None,
         "forced": _backend.state.forced,
-        "ops": {name: {device: _active(device) for device in ("cpu", "cuda")} for name in sorted(OPS)},
+        "ops": {name: {device: _active(device) for device in ("cpu", "cuda")} for name in sorted([*OPS, *MUTATIONS])},
     }
 
 

@@ -21,6 +21,7 @@ from . import _backend
 
 LIBRARY = torch.library.Library("dlkernels", "DEF")
 OPS: dict[str, type[FusedFunction]] = {}
+MUTATIONS: list[str] = []  # ops that change a tensor in place, without a gradient
 
 
 def transforms_active() -> bool:
@@ -78,6 +79,34 @@ def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
         return overload(*args)
 
     cls.call = staticmethod(call)
+
+
+def register_mutation(schema: str, family: str) -> Callable[..., None]:
+    """Define an op that changes its first argument and returns nothing; gives back the function that runs it."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"dlkernels::{name}", lambda *args: None, lib=LIBRARY)
+
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f"dlkernels.triton.{family}"), name)(*args)
+
+    if _backend.triton_installed():
+        LIBRARY.impl(name, launch, "CUDA")
+    MUTATIONS.append(name)
+    overload = getattr(torch.ops.dlkernels, name).default
+
+    def call(*args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if _backend.intercepted(args[0].device.type):
+            with torch.profiler.record_function(f"dlkernels::{name}"):
+                launch(*args)
+        else:
+            overload(*args)
+        torch.autograd.graph.increment_version(args[0])  # a graph that has saved it must notice
+        return None
+
+    return call
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:

@@ -13,20 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import (
-    FusedFunction,
-    ScaleStoredGrad,
-    accumulate_dtype,
-    batch_first,
-    loop_over_batch,
-    register,
-    scale_in_place,
-    stored_grad_is_free,
-)
+from .._library import FusedFunction, accumulate_dtype, batch_first, loop_over_batch, register
 from ..reference import focal_loss as reference_focal_loss
-
-NONE, MEAN, SUM = 0, 1, 2
-FORWARD_HINT = "pass higher_order=True (the default) to the loss to keep its input for second derivatives"
+from ._reduced import NONE, reduced_backward, save
 
 
 def second_order(ctx: Any, rows: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,34 +26,6 @@ def second_order(ctx: Any, rows: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.vjp(rows, x)[1](g)[0]
 
     return torch.func.vjp(first, grad_output, input)[1](grad)
-
-
-def reduced_backward(ctx: Any, grad_output: Tensor, rows_shape: Any, recompute: Any) -> Tensor:
-    """Backward of a reduced loss: scale what the forward pass stored, or recompute when a graph is being made of it."""
-    if ctx.stored is not None and not torch.is_grad_enabled():
-        stored, divisor = ctx.stored
-        divisor = divisor if stored.dtype == torch.float16 else None
-        if stored_grad_is_free(stored):
-            ctx.stored = None  # the last use: .grad takes the buffer over without a copy
-            return scale_in_place(grad_output, stored, divisor)
-        return ScaleStoredGrad.call(grad_output, stored, divisor)
-    if ctx.dropped_input:
-        raise RuntimeError(f"this loss kept its gradient but not its input: {FORWARD_HINT}")
-    divisor = ctx.saved_tensors[-1]
-    return recompute((grad_output / divisor).expand(rows_shape))
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], tensors: tuple[Any, ...]) -> None:
-    """What both forward operators keep. inputs[-3:] = (reduction, need_grad, higher_order)."""
-    _, grad, divisor = output
-    reduction, need_grad, higher_order = inputs[-3:]
-    ctx.mark_non_differentiable(grad, divisor)
-    ctx.set_materialize_grads(False)
-    ctx.reduction = reduction
-    stored = need_grad and reduction != NONE
-    ctx.stored = (grad, divisor) if stored else None
-    ctx.dropped_input = stored and not higher_order
-    ctx.save_for_backward(*((None,) * len(tensors) if ctx.dropped_input else tensors), divisor)
 
 
 # Sigmoid --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import _backend, _checks
 from .._library import has_tangent, transforms_active, wants_grad
 from ..reference import focal_loss as reference
-from ._focal_loss import MEAN, NONE, SigmoidFocalLoss, SoftmaxFocalLoss
+from ._focal_loss import SigmoidFocalLoss, SoftmaxFocalLoss
+from ._reduced import MEAN, NONE
 
 _is_compiling = torch.compiler.is_compiling
 
