@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/host.h"
+#include "cpu/center_loss_eager.h"
 #include "cpu/focal_loss_eager.h"
 #include "cpu/group_norm_eager.h"
 #include "cpu/squeeze_excite_eager.h"
@@ -59,6 +60,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
+  dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_group_norm(m);
   dlkernels::bind_squeeze_excite(m);

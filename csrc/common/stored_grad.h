@@ -12,4 +12,12 @@ void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& g
 // a copy when the graph is kept. Raises torch's message on a second pass through a freed graph.
 at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output);
 
+// The same for a node that keeps its gradient itself: stored * grad_output / divisor. Taken out of `stored` when this
+// is its last use, so that .grad can take the buffer over.
+at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tensor& grad_output);
+
+constexpr const char* kStoredGradUsed =
+    "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
+    "retain_graph=True for the first pass if a second one is needed.";
+
 }  // namespace dlkernels

@@ -78,8 +78,6 @@ static void forward(const StochasticDepthArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace CPU_CAPABILITY
 
-#define DL_CONCAT_(a, b) a##b
-#define DL_CONCAT(a, b) DL_CONCAT_(a, b)
 StochasticDepthKernels DL_CONCAT(stochastic_depth_kernels_, CPU_CAPABILITY)() { return {forward}; }
 
 }  // namespace dlkernels

@@ -30,8 +30,8 @@ at::Tensor scaled(const at::Tensor& stored, double scale) {
   return std::isfinite(scale) ? out : out.masked_fill_(stored.eq(0), 0);
 }
 
-at::Tensor scale_stored_grad(const at::Tensor& grad_output, const at::Tensor& stored,
-                             const std::optional<at::Tensor>& divisor) {
+at::Tensor scale_stored_grad_op(const at::Tensor& grad_output, const at::Tensor& stored,
+                                const std::optional<at::Tensor>& divisor) {
   return scaled(stored.contiguous(), factor(grad_output, divisor));
 }
 
@@ -42,20 +42,22 @@ void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& g
   ctx->saved_data["divisor"] = grad.scalar_type() == at::kHalf ? divisor : 1.0;
 }
 
-at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output) {
-  const auto found = ctx->saved_data.find("grad");
-  TORCH_CHECK(found != ctx->saved_data.end(),
-              "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
-              "retain_graph=True for the first pass if a second one is needed.");
-  at::Tensor stored = found->second.toTensor();
-  const double divisor = ctx->saved_data["divisor"].toDouble();
+at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tensor& grad_output) {
   if (!plain_eager() || !plain_cpu(grad_output)) return stored.mul(grad_output.div(divisor));  // batched gradients
   const double scale = factor(grad_output, std::nullopt) / divisor;
-  if (torch::autograd::get_current_graph_task_keep_graph()) {
-    return scaled(stored, scale);
-  }
-  ctx->saved_data.erase("grad");  // the only other reference: .grad takes the buffer over without a copy
-  return std::isfinite(scale) ? (scale == 1.0 ? stored : stored.mul_(as_tensor(scale))) : scaled(stored, scale);
+  if (torch::autograd::get_current_graph_task_keep_graph()) return scaled(stored, scale);
+  const at::Tensor last = std::move(stored);  // the only reference: .grad takes the buffer over without a copy
+  return std::isfinite(scale) ? (scale == 1.0 ? last : last.mul_(as_tensor(scale))) : scaled(last, scale);
+}
+
+at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output) {
+  const auto found = ctx->saved_data.find("grad");
+  TORCH_CHECK(found != ctx->saved_data.end(), kStoredGradUsed);
+  at::Tensor stored = found->second.toTensor();
+  const double divisor = ctx->saved_data["divisor"].toDouble();
+  const bool last = plain_eager() && plain_cpu(grad_output) && !torch::autograd::get_current_graph_task_keep_graph();
+  if (last) ctx->saved_data.erase("grad");
+  return scale_stored_grad(stored, divisor, grad_output);
 }
 
 bool plain_eager() {
@@ -69,6 +71,6 @@ bool plain_cpu(const at::Tensor& x) {
          !x.is_neg() && !x._is_zerotensor();
 }
 
-TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("scale_stored_grad", scale_stored_grad); }
+TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("scale_stored_grad", scale_stored_grad_op); }
 
 }  // namespace dlkernels

@@ -289,8 +289,6 @@ static void apply_step(const WeightNormArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace CPU_CAPABILITY
 
-#define DL_CONCAT_(a, b) a##b
-#define DL_CONCAT(a, b) DL_CONCAT_(a, b)
 WeightNormKernels DL_CONCAT(weight_norm_kernels_, CPU_CAPABILITY)() {
   return {rows, sum_step, factor_step, apply_step};
 }

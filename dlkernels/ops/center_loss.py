@@ -59,7 +59,7 @@ def center_loss(
     """
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
-        loss = getattr(fast, "center_loss", lambda *a: None)(
+        loss = fast.center_loss(
             features, labels, centers, None, False, reduction, ignore_index, higher_order, None
         )
         if loss is not None:
@@ -109,7 +109,7 @@ def sparse_center_loss(
     """
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
-        loss = getattr(fast, "center_loss", lambda *a: None)(
+        loss = fast.center_loss(
             features, labels, centers, attention, attention_logits, reduction, ignore_index, higher_order, None
         )
         if loss is not None:
@@ -301,7 +301,7 @@ def loss_and_update(
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
         update = (alpha, ema, island_weight)
-        loss = getattr(fast, "center_loss", lambda *a: None)(
+        loss = fast.center_loss(
             features, labels, centers, attention, logits, reduction, ignore_index, False, update
         )
         if loss is not None:

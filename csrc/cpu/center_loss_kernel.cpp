@@ -1,0 +1,268 @@
+// The center-loss loops of one instruction set: compiled once for each, with CPU_CAPABILITY naming it.
+#include "center_loss_kernel.h"
+
+#include <type_traits>
+
+#include "../common/activation.h"
+#include "../common/loops.h"
+#include "../math/center_loss.h"
+
+namespace dlkernels {
+inline namespace CPU_CAPABILITY {
+
+enum class Weigh { kNone, kAttention, kLogits };
+
+// The tensors of a call as typed pointers. TC: of the centers, TA: of the attention.
+template <class T, class TC, class TA, Weigh W>
+struct CenterRows {
+  using A = typename Lanes<T>::scalar;
+  using V = typename Lanes<T>::vec;
+  const CenterLossArgs& a;
+  const T* x = static_cast<const T*>(a.features);
+  TC* centers = static_cast<TC*>(a.centers);
+  const TA* attention = static_cast<const TA*>(a.attention);
+  A* loss = static_cast<A*>(a.loss);
+  T* dx = static_cast<T*>(a.dx);
+  TA* dattention = static_cast<TA*>(a.dattention);
+  const bool stream = a.stream && may_stream(dx, a.d) && (W == Weigh::kNone || may_stream(dattention, a.d));
+
+  int64_t label(int64_t row) const {
+    return a.narrow ? static_cast<const int32_t*>(a.labels)[row] : static_cast<const int64_t*>(a.labels)[row];
+  }
+  bool counts(int64_t y) const { return y >= 0 && y != a.ignore_index && y < a.k; }
+  double scale(int64_t row) const {
+    if (a.grad_output == nullptr) return a.grad_scale;
+    return a.grad_scale * static_cast<double>(static_cast<const A*>(a.grad_output)[row * a.grad_output_step]);
+  }
+
+  template <class To, class Wh>
+  DL_INLINE void write(Wh whole, To* to, V v, int64_t left) const {
+    if (Wh::value && stream) return dlkernels::stream(to, v);
+    store_as(whole, to, v, left);
+  }
+
+  // One row: its loss, its gradients, and A (x - c) times `weight` added to `sum` where there is one.
+  template <bool kSum>
+  DL_INLINE void row(int64_t i, int64_t y, A* sum, bool gradient) const {
+    const T* xi = x + i * a.d;
+    const TC* c = centers + y * a.d;
+    const double g = scale(i);
+    const V by = splat<V>(g), weight = splat<V>(gradient ? g : 1.0);
+    V total{};
+    for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+      const V difference = load_as(whole, xi + j, left) - load_as(whole, c + j, left);
+      V pull = difference;
+      if constexpr (W == Weigh::kAttention) {
+        pull = center_loss_dx(difference, load_as(whole, attention + i * a.d + j, left));
+        if (dattention) write(whole, dattention + i * a.d + j, center_loss_dattention(difference) * by, left);
+      } else if constexpr (W == Weigh::kLogits) {
+        const auto s = sigmoid_and_rest(load_as(whole, attention + i * a.d + j, left));
+        pull = center_loss_dx(difference, s.value);
+        if (dattention)
+          write(whole, dattention + i * a.d + j, center_loss_dlogit(difference, s.value, s.rest) * by, left);
+      }
+      total += pull * difference;
+      if (dx) write(whole, dx + i * a.d + j, pull * by, left);
+      if constexpr (kSum) store_as(whole, sum + j, load_as(whole, sum + j, left) + pull * weight, left);
+    });
+    if (loss) loss[i] = static_cast<A>(0.5f * dlkernels::sum(total));
+  }
+
+  void left_out(int64_t i) const {
+    if (loss) loss[i] = 0;
+    for (int64_t j = 0; dx && j < a.d; ++j) dx[i * a.d + j] = T{};
+    for (int64_t j = 0; W != Weigh::kNone && dattention && j < a.d; ++j) dattention[i * a.d + j] = TA{};
+  }
+
+  bool in_range(int64_t begin, int64_t end) const {
+    bool fine = true;
+    for (int64_t i = begin; W == Weigh::kAttention && i < end; ++i) {
+      if (!counts(label(i))) continue;
+      V out{};  // stays 0, or becomes a sum above 0; NaN is not our business
+      for_vectors<TA>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+        const V v = load_as(whole, attention + i * a.d + j, left), zero{}, one = splat<V>(1.0);
+        out += select(v < zero, one, zero) + select(v > one, one, zero);
+      });
+      fine = fine && !(dlkernels::sum(out) > 0);
+    }
+    return fine;
+  }
+
+  bool rows(int64_t begin, int64_t end) const {
+    const bool fine = in_range(begin, end);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = label(i);
+      counts(y) ? row<false>(i, y, nullptr, false) : left_out(i);
+    }
+    if (stream) store_fence();
+    return fine;
+  }
+
+  // What becomes of the sum of a class: the center's step, or its gradient.
+  void finish(int64_t y, int64_t count, const A* sum) const {
+    TC* c = (a.mode == CenterSums::kGradient ? static_cast<TC*>(a.dcenters) : centers) + y * a.d;
+    const bool step = a.mode == CenterSums::kUpdate;
+    const V factor = splat<V>(step ? center_step(a.alpha, count, a.ema) : -1.0);
+    for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+      V v = factor * load_as(whole, sum + j, left);
+      if (step) v += load_as(whole, c + j, left);
+      store_as(whole, c + j, v, left);
+    });
+  }
+
+  void pieces(int64_t begin, int64_t end, A* own) const {
+    constexpr int64_t kAhead = 4, kPrefetched = 2048 / sizeof(T);
+    const bool gradient = a.mode == CenterSums::kGradient;
+    const int64_t last = begin < end ? a.pieces[end - 1].end : 0, near = a.d < kPrefetched ? a.d : kPrefetched;
+    for (int64_t p = begin; p < end; ++p) {
+      const CenterPiece& piece = a.pieces[p];
+      A* sum = piece.slot < 0 ? own : static_cast<A*>(a.sums) + piece.slot * a.d;
+      for (int64_t j = 0; j < a.d; ++j) sum[j] = 0;
+      if (p + 2 < end) prefetch(centers + a.pieces[p + 2].label * a.d, near);
+      for (int64_t r = piece.begin; r < piece.end; ++r) {
+        if (r + kAhead < last) prefetch(x + a.order[r + kAhead] * a.d, near);
+        row<true>(a.order[r], piece.label, sum, gradient);
+      }
+      if (piece.slot < 0) finish(piece.label, piece.count, sum);
+    }
+    if (stream) store_fence();
+  }
+
+  void merge(int64_t begin, int64_t end) const {
+    for (int64_t k = begin; k < end; ++k) {
+      const CenterClass& of = a.classes[k];
+      A* sum = static_cast<A*>(a.sums) + of.slot * a.d;
+      for (int64_t p = 1; p < of.pieces; ++p)
+        for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+          store_as(whole, sum + j, load_as(whole, sum + j, left) + load_as(whole, sum + p * a.d + j, left), left);
+        });
+      if (a.mode != CenterSums::kNone) finish(of.label, of.count, sum);
+    }
+  }
+};
+
+template <class T, class TC, class F>
+auto with_attention(const CenterLossArgs& a, F f) {
+  if (a.attention == nullptr) return f(CenterRows<T, TC, T, Weigh::kNone>{a});
+  if constexpr (sizeof(T) == 2)
+    if (a.attention_dtype == Float::kFloat32)
+      return a.logits ? f(CenterRows<T, TC, float, Weigh::kLogits>{a})
+                      : f(CenterRows<T, TC, float, Weigh::kAttention>{a});
+  return a.logits ? f(CenterRows<T, TC, T, Weigh::kLogits>{a}) : f(CenterRows<T, TC, T, Weigh::kAttention>{a});
+}
+
+template <class F>
+auto with_rows(const CenterLossArgs& a, F f) {
+  return with_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == 2)
+      if (a.center_dtype == Float::kFloat32) return with_attention<T, float>(a, f);
+    return with_attention<T, T>(a, f);
+  });
+}
+
+static bool rows(const CenterLossArgs& a, int64_t begin, int64_t end) {
+  return with_rows(a, [&](const auto& r) { return r.rows(begin, end); });
+}
+static bool in_range(const CenterLossArgs& a, int64_t begin, int64_t end) {
+  return with_rows(a, [&](const auto& r) { return r.in_range(begin, end); });
+}
+static void pieces(const CenterLossArgs& a, int64_t begin, int64_t end, void* scratch) {
+  with_rows(a, [&](const auto& r) {
+    using A = typename std::decay_t<decltype(r)>::A;
+    r.pieces(begin, end, static_cast<A*>(scratch));
+  });
+}
+static void left_out(const CenterLossArgs& a, int64_t begin, int64_t end) {
+  with_rows(a, [&](const auto& r) {
+    for (int64_t i = begin; i < end; ++i)
+      if (!r.counts(r.label(i))) r.left_out(i);
+  });
+}
+static void merge(const CenterLossArgs& a, int64_t begin, int64_t end) {
+  with_rows(a, [&](const auto& r) { r.merge(begin, end); });
+}
+
+// The island ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct IslandRows {
+  using A = typename Lanes<T>::scalar;
+  using V = typename Lanes<T>::vec;
+  const IslandArgs& a;
+  const T* centers = static_cast<const T*>(a.centers);
+  A* inverse = static_cast<A*>(a.inverse_norms);
+  const A* total = static_cast<const A*>(a.total);
+
+  void sums(int64_t block_begin, int64_t block_end) const {
+    for (int64_t b = block_begin; b < block_end; ++b) {
+      A* sum = static_cast<A*>(a.partial) + b * a.d;
+      for (int64_t j = 0; j < a.d; ++j) sum[j] = 0;
+      const int64_t end = (b + 1) * kIslandBlock < a.k ? (b + 1) * kIslandBlock : a.k;
+      for (int64_t k = b * kIslandBlock; k < end; ++k) {
+        const T* c = centers + k * a.d;
+        V squares{};
+        for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+          const V v = load_as(whole, c + j, left);
+          squares += v * v;
+        });
+        const A norm = std::sqrt(dlkernels::sum(squares));
+        inverse[k] = norm > 0 ? 1 / norm : norm == 0 ? 0 : norm;  // NaN stays NaN
+        const V by = splat<V>(inverse[k]);
+        for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+          store_as(whole, sum + j, load_as(whole, sum + j, left) + by * load_as(whole, c + j, left), left);
+        });
+      }
+    }
+  }
+
+  // The first class of a label of `from` or more.
+  const CenterClass* first_class(int64_t from) const {
+    int64_t low = 0, high = a.present;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      a.classes[middle].label < from ? low = middle + 1 : high = middle;
+    }
+    return a.classes + low;
+  }
+
+  void apply(int64_t begin, int64_t end) const {
+    const bool update = a.out == a.centers;
+    const CenterClass *next = first_class(begin), *const stop = a.classes + a.present;
+    for (int64_t k = begin; k < end; ++k) {
+      const T* c = centers + k * a.d;
+      T* out = static_cast<T*>(a.out) + k * a.d;
+      const V by = splat<V>(inverse[k]);
+      V dot{};
+      for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole)
+                              DL_BODY { dot += by * load_as(whole, c + j, left) * load_as(whole, total + j, left); });
+      const V projection = splat<V>(dlkernels::sum(dot)), scale = splat<V>(a.scale);
+      const bool present = next != stop && next->label == k;
+      const A* sum = present ? static_cast<const A*>(a.sums) + next->slot * a.d : nullptr;
+      const V step = splat<V>(present ? center_step(a.alpha, next->count, a.ema) : 0.0);
+      for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
+        const V v = load_as(whole, c + j, left);
+        V moved = scale * island_direction(v, load_as(whole, total + j, left), by, projection);
+        if (update) moved += v;
+        if (sum) moved += step * load_as(whole, sum + j, left);
+        store_as(whole, out + j, moved, left);
+      });
+      next += present;
+    }
+  }
+};
+
+static void island_sums(const IslandArgs& a, int64_t begin, int64_t end) {
+  with_float(a.dtype, [&](auto t) { IslandRows<decltype(t)>{a}.sums(begin, end); });
+}
+static void island_apply(const IslandArgs& a, int64_t begin, int64_t end) {
+  with_float(a.dtype, [&](auto t) { IslandRows<decltype(t)>{a}.apply(begin, end); });
+}
+
+}  // namespace CPU_CAPABILITY
+
+CenterLossKernels DL_CONCAT(center_loss_kernels_, CPU_CAPABILITY)() {
+  return {rows, pieces, merge, in_range, left_out, island_sums, island_apply};
+}
+
+}  // namespace dlkernels
