@@ -42,6 +42,7 @@ struct CenterProblem {
   std::vector<CenterPiece> pieces;
   std::vector<CenterClass> classes;
   c10::DataPtr sums;
+  c10::SmallVector<double, 64> partial;
   int64_t item_size = 4;  // of sums and losses
 
   explicit CenterProblem(const CenterLossInputs& in) {
@@ -67,13 +68,23 @@ struct CenterProblem {
   }
 
   // Rows in their own order.
-  void run_rows() const {
+  void run_blocks() {
+    const int64_t blocks = (args.n + kBlockRows - 1) / kBlockRows;
+    sum_losses_of(blocks);
     std::atomic<bool> fine{true};
-    at::parallel_for(0, args.n, grain(args.d), [&](int64_t begin, int64_t end) {
-      if (!kernels().rows(args, begin, end)) fine = false;
+    at::parallel_for(0, blocks, grain(args.d * kBlockRows), [&](int64_t begin, int64_t end) {
+      if (!kernels().blocks(args, begin, end)) fine = false;
     });
     check_attention(fine);
   }
+
+  // Where rows are not asked for one by one: partial sums of `parts` blocks or pieces.
+  void sum_losses_of(int64_t parts) {
+    if (args.loss) return;
+    partial.resize(parts);
+    args.partial = partial.data();
+  }
+  double loss_sum() const { return sum_in_order(partial.data(), static_cast<int64_t>(partial.size())); }
 
   // Sort the rows. all: every class keeps its sum, also one that is done with at once.
   void group(const at::Tensor& labels, bool all) {
@@ -94,7 +105,8 @@ struct CenterProblem {
     args.classes = classes.data();
   }
 
-  void run_by_class() const {
+  void run_by_class() {
+    sum_losses_of(static_cast<int64_t>(pieces.size()));
     const int64_t count = static_cast<int64_t>(pieces.size());
     const int64_t rows = count == 0 ? 1 : (counted + count - 1) / count;
     at::parallel_for(0, count, grain(args.d * rows), [&](int64_t begin, int64_t end) {
@@ -201,8 +213,10 @@ CenterLossResult center_loss_forward(const CenterLossInputs& in, int64_t reducti
   CenterProblem problem(in);
   const double divisor = reduction == kMean ? static_cast<double>(std::max<int64_t>(1, problem.counted)) : 1.0;
   CenterLossResult result{{}, {}, {}, divisor};
-  const at::Tensor rows = at::empty({problem.args.n}, in.features.options().dtype(accumulate_type(in.features)));
-  problem.args.loss = rows.mutable_data_ptr();
+  if (reduction == kNone) {
+    result.loss = at::empty({problem.args.n}, in.features.options().dtype(accumulate_type(in.features)));
+    problem.args.loss = result.loss.mutable_data_ptr();
+  }
   if (need_grad) {
     result.dx = at::empty_like(in.features);
     result.dattention = empty_or_undefined(in.attention);
@@ -210,14 +224,8 @@ CenterLossResult center_loss_forward(const CenterLossInputs& in, int64_t reducti
     // float16 keeps its stored gradient undivided: 1 / N would underflow before a loss scale can help.
     problem.args.grad_scale = in.features.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor;
   }
-  update ? run_update(problem, in, *update) : problem.run_rows();
-  if (reduction == kNone) {
-    result.loss = rows;
-  } else {
-    const double sum = rows.scalar_type() == at::kDouble ? sum_in_order(rows.const_data_ptr<double>(), rows.numel())
-                                                         : sum_in_order(rows.const_data_ptr<float>(), rows.numel());
-    result.loss = scalar(sum / divisor, in.features);
-  }
+  update ? run_update(problem, in, *update) : problem.run_blocks();
+  if (reduction != kNone) result.loss = scalar(problem.loss_sum() / divisor, in.features);
   return result;
 }
 
@@ -229,7 +237,7 @@ CenterLossGrads center_loss_backward(const at::Tensor& grad_output, const Center
   problem.args.grad_output_step = g.stride(0);
   problem.args.grad_output = g.const_data_ptr();
   if (!need_centers) {
-    problem.run_rows();
+    problem.run_blocks();
     return grads;
   }
   grads.dcenters = at::zeros_like(in.centers);

@@ -35,37 +35,61 @@ struct CenterRows {
     return a.grad_scale * static_cast<double>(static_cast<const A*>(a.grad_output)[row * a.grad_output_step]);
   }
 
-  template <class To, class Wh>
-  DL_INLINE void write(Wh whole, To* to, V v, int64_t left) const {
-    if (Wh::value && stream) return dlkernels::stream(to, v);
+  template <bool kStream, class To, class Wh>
+  DL_INLINE static void write(Wh whole, To* to, V v, int64_t left) {
+    if constexpr (kStream && Wh::value) return dlkernels::stream(to, v);
     store_as(whole, to, v, left);
   }
 
-  // One row: its loss, its gradients, and A (x - c) times `weight` added to `sum` where there is one.
-  template <bool kSum>
-  DL_INLINE void row(int64_t i, int64_t y, A* sum, bool gradient) const {
-    const T* xi = x + i * a.d;
-    const TC* c = centers + y * a.d;
-    const double g = scale(i);
-    const V by = splat<V>(g), weight = splat<V>(gradient ? g : 1.0);
-    V total{};
+  // R rows i: their gradients, A (x - c) times `weight` added to `sum` where there is one, and their losses, one by one
+  // or, returned, together. With a sum they are of one class, whose center is loaded once for all.
+  template <int R, bool kSum, bool kStream>
+  DL_INLINE double some_rows(const int64_t* i, const TC* const* c, A* sum) const {
+    const T* xs[R];
+    const TA* as[R];
+    T* dxs[R];
+    TA* das[R];
+    V by[R], weight[R], total[R];
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = i[r] * a.d;
+      xs[r] = x + at;
+      as[r] = W == Weigh::kNone ? nullptr : attention + at;
+      dxs[r] = dx ? dx + at : nullptr;
+      das[r] = W != Weigh::kNone && dattention ? dattention + at : nullptr;
+      const double g = scale(i[r]);
+      by[r] = splat<V>(g);
+      weight[r] = splat<V>(a.mode == CenterSums::kGradient ? g : 1.0);
+      total[r] = V{};
+    }
+    const bool gradients = dx != nullptr;
     for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
-      const V difference = load_as(whole, xi + j, left) - load_as(whole, c + j, left);
-      V pull = difference;
-      if constexpr (W == Weigh::kAttention) {
-        pull = center_loss_dx(difference, load_as(whole, attention + i * a.d + j, left));
-        if (dattention) write(whole, dattention + i * a.d + j, center_loss_dattention(difference) * by, left);
-      } else if constexpr (W == Weigh::kLogits) {
-        const auto s = sigmoid_and_rest(load_as(whole, attention + i * a.d + j, left));
-        pull = center_loss_dx(difference, s.value);
-        if (dattention)
-          write(whole, dattention + i * a.d + j, center_loss_dlogit(difference, s.value, s.rest) * by, left);
+      V center{}, pulls{};
+      if constexpr (kSum) center = load_as(whole, c[0] + j, left), pulls = load_as(whole, sum + j, left);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (!kSum) center = load_as(whole, c[r] + j, left);
+        const V difference = load_as(whole, xs[r] + j, left) - center;
+        V pull = difference;
+        if constexpr (W == Weigh::kAttention) {
+          pull = center_loss_dx(difference, load_as(whole, as[r] + j, left));
+          if (gradients) write<kStream>(whole, das[r] + j, center_loss_dattention(difference) * by[r], left);
+        } else if constexpr (W == Weigh::kLogits) {
+          const auto s = sigmoid_and_rest(load_as(whole, as[r] + j, left));
+          pull = center_loss_dx(difference, s.value);
+          if (gradients)
+            write<kStream>(whole, das[r] + j, center_loss_dlogit(difference, s.value, s.rest) * by[r], left);
+        }
+        total[r] += pull * difference;
+        if (gradients) write<kStream>(whole, dxs[r] + j, pull * by[r], left);
+        if constexpr (kSum) pulls += pull * weight[r];
       }
-      total += pull * difference;
-      if (dx) write(whole, dx + i * a.d + j, pull * by, left);
-      if constexpr (kSum) store_as(whole, sum + j, load_as(whole, sum + j, left) + pull * weight, left);
+      if constexpr (kSum) store_as(whole, sum + j, pulls, left);
     });
-    if (loss) loss[i] = static_cast<A>(0.5f * dlkernels::sum(total));
+    if (loss) {
+      for (int r = 0; r < R; ++r) loss[i[r]] = static_cast<A>(0.5f * dlkernels::sum(total[r]));
+      return 0;
+    }
+    for (int r = 1; r < R; ++r) total[0] += total[r];
+    return 0.5 * static_cast<double>(dlkernels::sum(total[0]));
   }
 
   void left_out(int64_t i) const {
@@ -88,12 +112,33 @@ struct CenterRows {
     return fine;
   }
 
-  bool rows(int64_t begin, int64_t end) const {
-    const bool fine = in_range(begin, end);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = label(i);
-      counts(y) ? row<false>(i, y, nullptr, false) : left_out(i);
+  // Rows in their own order, four at a time.
+  template <bool kStream>
+  void blocks(int64_t begin, int64_t end) const {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t stop = (block + 1) * kBlockRows < a.n ? (block + 1) * kBlockRows : a.n;
+      double partial = 0;
+      int64_t some[4];
+      const TC* c[4];
+      int waiting = 0;
+      for (int64_t i = block * kBlockRows; i < stop; ++i) {
+        const int64_t y = label(i);
+        if (!counts(y)) {
+          left_out(i);
+          continue;
+        }
+        some[waiting] = i;
+        c[waiting++] = centers + y * a.d;
+        if (waiting == 4) partial += some_rows<4, false, kStream>(some, c, nullptr), waiting = 0;
+      }
+      for (int r = 0; r < waiting; ++r) partial += some_rows<1, false, kStream>(some + r, c + r, nullptr);
+      if (a.partial) a.partial[block] = partial;
     }
+  }
+
+  bool blocks(int64_t begin, int64_t end) const {
+    const bool fine = in_range(begin * kBlockRows, end * kBlockRows < a.n ? end * kBlockRows : a.n);
+    stream ? blocks<true>(begin, end) : blocks<false>(begin, end);
     if (stream) store_fence();
     return fine;
   }
@@ -110,21 +155,33 @@ struct CenterRows {
     });
   }
 
+  template <bool kStream>
   void pieces(int64_t begin, int64_t end, A* own) const {
     constexpr int64_t kAhead = 4, kPrefetched = 2048 / sizeof(T);
-    const bool gradient = a.mode == CenterSums::kGradient;
     const int64_t last = begin < end ? a.pieces[end - 1].end : 0, near = a.d < kPrefetched ? a.d : kPrefetched;
     for (int64_t p = begin; p < end; ++p) {
       const CenterPiece& piece = a.pieces[p];
       A* sum = piece.slot < 0 ? own : static_cast<A*>(a.sums) + piece.slot * a.d;
+      const TC* const c = centers + piece.label * a.d;
       for (int64_t j = 0; j < a.d; ++j) sum[j] = 0;
       if (p + 2 < end) prefetch(centers + a.pieces[p + 2].label * a.d, near);
-      for (int64_t r = piece.begin; r < piece.end; ++r) {
-        if (r + kAhead < last) prefetch(x + a.order[r + kAhead] * a.d, near);
-        row<true>(a.order[r], piece.label, sum, gradient);
-      }
+      double partial = 0;
+      for_row_groups(piece.begin, piece.end, [&](int64_t row, auto group) DL_BODY {
+        constexpr int R = decltype(group)::size;
+        int64_t some[R];
+        for (int r = 0; r < R; ++r) {
+          some[r] = a.order[row + r];
+          if (row + r + kAhead < last) prefetch(x + a.order[row + r + kAhead] * a.d, near);
+        }
+        partial += some_rows<R, true, kStream>(some, &c, sum);
+      });
+      if (a.partial) a.partial[p] = partial;
       if (piece.slot < 0) finish(piece.label, piece.count, sum);
     }
+  }
+
+  void pieces(int64_t begin, int64_t end, A* own) const {
+    stream ? pieces<true>(begin, end, own) : pieces<false>(begin, end, own);
     if (stream) store_fence();
   }
 
@@ -161,8 +218,8 @@ auto with_rows(const CenterLossArgs& a, F f) {
   });
 }
 
-static bool rows(const CenterLossArgs& a, int64_t begin, int64_t end) {
-  return with_rows(a, [&](const auto& r) { return r.rows(begin, end); });
+static bool blocks(const CenterLossArgs& a, int64_t begin, int64_t end) {
+  return with_rows(a, [&](const auto& r) { return r.blocks(begin, end); });
 }
 static bool in_range(const CenterLossArgs& a, int64_t begin, int64_t end) {
   return with_rows(a, [&](const auto& r) { return r.in_range(begin, end); });
@@ -262,7 +319,7 @@ static void island_apply(const IslandArgs& a, int64_t begin, int64_t end) {
 }  // namespace CPU_CAPABILITY
 
 CenterLossKernels DL_CONCAT(center_loss_kernels_, CPU_CAPABILITY)() {
-  return {rows, pieces, merge, in_range, left_out, island_sums, island_apply};
+  return {blocks, pieces, merge, in_range, left_out, island_sums, island_apply};
 }
 
 }  // namespace dlkernels

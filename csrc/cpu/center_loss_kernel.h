@@ -18,6 +18,7 @@ struct CenterClass {
   int64_t label, slot, pieces, count;
 };
 constexpr int64_t kPieceRows = 256;
+constexpr int64_t kBlockRows = 64;  // rows per partial sum of the losses, in their own order
 
 enum class CenterSums { kNone, kUpdate, kGradient };
 
@@ -30,6 +31,7 @@ struct CenterLossArgs {
   bool narrow, logits;
   int64_t n, k, d, ignore_index;
   void* loss;                // [n] float (double), or nullptr
+  double* partial;           // where loss is nullptr: sums of the losses, of each block or piece; or nullptr
   void* dx;                  // [n, d], or nullptr
   void* dattention;          // [n, d], or nullptr
   const void* grad_output;   // [n] float (double), or nullptr: then grad_scale alone
@@ -66,8 +68,8 @@ struct IslandArgs {
 constexpr int64_t kIslandBlock = 128;  // centers per partial sum
 
 struct CenterLossKernels {
-  // Rows [begin, end) in their own order: loss, dx, dattention. False: an attention outside of [0, 1].
-  bool (*rows)(const CenterLossArgs&, int64_t begin, int64_t end);
+  // Blocks of rows in their own order: loss, dx, dattention. False: an attention outside of [0, 1].
+  bool (*blocks)(const CenterLossArgs&, int64_t begin, int64_t end);
   // The same for the rows of pieces [begin, end), and their sums of A (x - c). scratch: d floats (doubles).
   void (*pieces)(const CenterLossArgs&, int64_t begin, int64_t end, void* scratch);
   // Classes with slots: their sums, in order, and (mode) what becomes of them.
