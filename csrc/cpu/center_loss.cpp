@@ -73,10 +73,12 @@ struct CenterProblem {
     sum_losses_of(blocks);
     std::atomic<bool> fine{true};
     at::parallel_for(0, blocks, grain(args.d * kBlockRows), [&](int64_t begin, int64_t end) {
-      if (!kernels().blocks(args, begin, end)) fine = false;
+      if (!kernels().blocks(args, begin, end, scratch().get())) fine = false;
     });
     check_attention(fine);
   }
+
+  c10::DataPtr scratch() const { return c10::GetCPUAllocator()->allocate(kCenterScratch * args.d * item_size); }
 
   // Where rows are not asked for one by one: partial sums of `parts` blocks or pieces.
   void sum_losses_of(int64_t parts) {
@@ -109,10 +111,8 @@ struct CenterProblem {
     sum_losses_of(static_cast<int64_t>(pieces.size()));
     const int64_t count = static_cast<int64_t>(pieces.size());
     const int64_t rows = count == 0 ? 1 : (counted + count - 1) / count;
-    at::parallel_for(0, count, grain(args.d * rows), [&](int64_t begin, int64_t end) {
-      const c10::DataPtr scratch = c10::GetCPUAllocator()->allocate(args.d * item_size);
-      kernels().pieces(args, begin, end, scratch.get());
-    });
+    at::parallel_for(0, count, grain(args.d * rows),
+                     [&](int64_t begin, int64_t end) { kernels().pieces(args, begin, end, scratch().get()); });
     at::parallel_for(0, static_cast<int64_t>(classes.size()), grain(args.d),
                      [&](int64_t begin, int64_t end) { kernels().merge(args, begin, end); });
     if (counted < args.n && (args.loss || args.dx || args.dattention)) kernels().left_out(args, 0, args.n);

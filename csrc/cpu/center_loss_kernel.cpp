@@ -12,14 +12,15 @@ inline namespace CPU_CAPABILITY {
 
 enum class Weigh { kNone, kAttention, kLogits };
 
-// The tensors of a call as typed pointers. TC: of the centers, TA: of the attention.
-template <class T, class TC, class TA, Weigh W>
+// The tensors of a call as typed pointers. TA: of the attention. Centers of half precision are read through a scratch
+// row, so that the loops know but one kind of them.
+template <class T, class TA, Weigh W>
 struct CenterRows {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   const CenterLossArgs& a;
   const T* x = static_cast<const T*>(a.features);
-  TC* centers = static_cast<TC*>(a.centers);
+  const bool half_centers = sizeof(T) == 2 && a.center_dtype == a.dtype;
   const TA* attention = static_cast<const TA*>(a.attention);
   A* loss = static_cast<A*>(a.loss);
   T* dx = static_cast<T*>(a.dx);
@@ -44,7 +45,7 @@ struct CenterRows {
   // R rows i: their gradients, A (x - c) times `weight` added to `sum` where there is one, and their losses, one by one
   // or, returned, together. With a sum they are of one class, whose center is loaded once for all.
   template <int R, bool kSum, bool kStream>
-  DL_INLINE double some_rows(const int64_t* i, const TC* const* c, A* sum) const {
+  DL_INLINE double some_rows(const int64_t* i, const A* const* c, A* sum) const {
     const T* xs[R];
     const TA* as[R];
     T* dxs[R];
@@ -92,6 +93,15 @@ struct CenterRows {
     return 0.5 * static_cast<double>(dlkernels::sum(total[0]));
   }
 
+  // The center of a class, in scratch where its dtype is another.
+  DL_INLINE const A* center(int64_t y, A* scratch) const {
+    if (!half_centers) return static_cast<const A*>(a.centers) + y * a.d;
+    const T* c = static_cast<const T*>(a.centers) + y * a.d;
+    for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole)
+                            DL_BODY { store_as(whole, scratch + j, load_as(whole, c + j, left), left); });
+    return scratch;
+  }
+
   void left_out(int64_t i) const {
     if (loss) loss[i] = 0;
     for (int64_t j = 0; dx && j < a.d; ++j) dx[i * a.d + j] = T{};
@@ -114,12 +124,12 @@ struct CenterRows {
 
   // Rows in their own order, four at a time.
   template <bool kStream>
-  void blocks(int64_t begin, int64_t end) const {
+  void blocks(int64_t begin, int64_t end, A* scratch) const {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t stop = (block + 1) * kBlockRows < a.n ? (block + 1) * kBlockRows : a.n;
       double partial = 0;
       int64_t some[4];
-      const TC* c[4];
+      const A* c[4];
       int waiting = 0;
       for (int64_t i = block * kBlockRows; i < stop; ++i) {
         const int64_t y = label(i);
@@ -128,7 +138,8 @@ struct CenterRows {
           continue;
         }
         some[waiting] = i;
-        c[waiting++] = centers + y * a.d;
+        c[waiting] = center(y, scratch + waiting * a.d);
+        ++waiting;
         if (waiting == 4) partial += some_rows<4, false, kStream>(some, c, nullptr), waiting = 0;
       }
       for (int r = 0; r < waiting; ++r) partial += some_rows<1, false, kStream>(some + r, c + r, nullptr);
@@ -136,17 +147,18 @@ struct CenterRows {
     }
   }
 
-  bool blocks(int64_t begin, int64_t end) const {
+  bool blocks(int64_t begin, int64_t end, A* scratch) const {
     const bool fine = in_range(begin * kBlockRows, end * kBlockRows < a.n ? end * kBlockRows : a.n);
-    stream ? blocks<true>(begin, end) : blocks<false>(begin, end);
+    stream ? blocks<true>(begin, end, scratch) : blocks<false>(begin, end, scratch);
     if (stream) store_fence();
     return fine;
   }
 
   // What becomes of the sum of a class: the center's step, or its gradient.
-  void finish(int64_t y, int64_t count, const A* sum) const {
-    TC* c = (a.mode == CenterSums::kGradient ? static_cast<TC*>(a.dcenters) : centers) + y * a.d;
+  template <class TC>
+  void finish_as(int64_t y, int64_t count, const A* sum) const {
     const bool step = a.mode == CenterSums::kUpdate;
+    TC* c = static_cast<TC*>(step ? a.centers : a.dcenters) + y * a.d;
     const V factor = splat<V>(step ? center_step(a.alpha, count, a.ema) : -1.0);
     for_vectors<T>(a.d, [&](int64_t j, int64_t left, auto whole) DL_BODY {
       V v = factor * load_as(whole, sum + j, left);
@@ -154,17 +166,20 @@ struct CenterRows {
       store_as(whole, c + j, v, left);
     });
   }
+  void finish(int64_t y, int64_t count, const A* sum) const {
+    half_centers ? finish_as<T>(y, count, sum) : finish_as<A>(y, count, sum);
+  }
 
   template <bool kStream>
-  void pieces(int64_t begin, int64_t end, A* own) const {
+  void pieces(int64_t begin, int64_t end, A* scratch) const {
     constexpr int64_t kAhead = 4, kPrefetched = 2048 / sizeof(T);
     const int64_t last = begin < end ? a.pieces[end - 1].end : 0, near = a.d < kPrefetched ? a.d : kPrefetched;
     for (int64_t p = begin; p < end; ++p) {
       const CenterPiece& piece = a.pieces[p];
-      A* sum = piece.slot < 0 ? own : static_cast<A*>(a.sums) + piece.slot * a.d;
-      const TC* const c = centers + piece.label * a.d;
+      A* sum = piece.slot < 0 ? scratch : static_cast<A*>(a.sums) + piece.slot * a.d;
+      const A* const c = center(piece.label, scratch + a.d);
       for (int64_t j = 0; j < a.d; ++j) sum[j] = 0;
-      if (p + 2 < end) prefetch(centers + a.pieces[p + 2].label * a.d, near);
+      if (p + 2 < end && !half_centers) prefetch(static_cast<const A*>(a.centers) + a.pieces[p + 2].label * a.d, near);
       double partial = 0;
       for_row_groups(piece.begin, piece.end, [&](int64_t row, auto group) DL_BODY {
         constexpr int R = decltype(group)::size;
@@ -180,8 +195,8 @@ struct CenterRows {
     }
   }
 
-  void pieces(int64_t begin, int64_t end, A* own) const {
-    stream ? pieces<true>(begin, end, own) : pieces<false>(begin, end, own);
+  void pieces(int64_t begin, int64_t end, A* scratch) const {
+    stream ? pieces<true>(begin, end, scratch) : pieces<false>(begin, end, scratch);
     if (stream) store_fence();
   }
 
@@ -198,28 +213,23 @@ struct CenterRows {
   }
 };
 
-template <class T, class TC, class F>
-auto with_attention(const CenterLossArgs& a, F f) {
-  if (a.attention == nullptr) return f(CenterRows<T, TC, T, Weigh::kNone>{a});
-  if constexpr (sizeof(T) == 2)
-    if (a.attention_dtype == Float::kFloat32)
-      return a.logits ? f(CenterRows<T, TC, float, Weigh::kLogits>{a})
-                      : f(CenterRows<T, TC, float, Weigh::kAttention>{a});
-  return a.logits ? f(CenterRows<T, TC, T, Weigh::kLogits>{a}) : f(CenterRows<T, TC, T, Weigh::kAttention>{a});
-}
-
 template <class F>
 auto with_rows(const CenterLossArgs& a, F f) {
   return with_float(a.dtype, [&](auto t) {
     using T = decltype(t);
+    if (a.attention == nullptr) return f(CenterRows<T, T, Weigh::kNone>{a});
     if constexpr (sizeof(T) == 2)
-      if (a.center_dtype == Float::kFloat32) return with_attention<T, float>(a, f);
-    return with_attention<T, T>(a, f);
+      if (a.attention_dtype == Float::kFloat32)
+        return a.logits ? f(CenterRows<T, float, Weigh::kLogits>{a}) : f(CenterRows<T, float, Weigh::kAttention>{a});
+    return a.logits ? f(CenterRows<T, T, Weigh::kLogits>{a}) : f(CenterRows<T, T, Weigh::kAttention>{a});
   });
 }
 
-static bool blocks(const CenterLossArgs& a, int64_t begin, int64_t end) {
-  return with_rows(a, [&](const auto& r) { return r.blocks(begin, end); });
+static bool blocks(const CenterLossArgs& a, int64_t begin, int64_t end, void* scratch) {
+  return with_rows(a, [&](const auto& r) {
+    using A = typename std::decay_t<decltype(r)>::A;
+    return r.blocks(begin, end, static_cast<A*>(scratch));
+  });
 }
 static bool in_range(const CenterLossArgs& a, int64_t begin, int64_t end) {
   return with_rows(a, [&](const auto& r) { return r.in_range(begin, end); });

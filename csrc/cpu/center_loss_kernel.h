@@ -65,12 +65,14 @@ struct IslandArgs {
   double alpha;
   bool ema;
 };
+constexpr int64_t kCenterScratch = 4;
 constexpr int64_t kIslandBlock = 128;  // centers per partial sum
 
 struct CenterLossKernels {
   // Blocks of rows in their own order: loss, dx, dattention. False: an attention outside of [0, 1].
-  bool (*blocks)(const CenterLossArgs&, int64_t begin, int64_t end);
-  // The same for the rows of pieces [begin, end), and their sums of A (x - c). scratch: d floats (doubles).
+  // scratch here and below: kCenterScratch rows of d floats (doubles).
+  bool (*blocks)(const CenterLossArgs&, int64_t begin, int64_t end, void* scratch);
+  // The same for the rows of pieces [begin, end), and their sums of A (x - c).
   void (*pieces)(const CenterLossArgs&, int64_t begin, int64_t end, void* scratch);
   // Classes with slots: their sums, in order, and (mode) what becomes of them.
   void (*merge)(const CenterLossArgs&, int64_t begin, int64_t end);

@@ -47,7 +47,7 @@ def test_sanitized(kernel: Path, instruction_set: str, tmp_path: Path):
     driver = Path(__file__).with_name(f"{family}_sanitized.cpp")
     assert driver.exists(), f"{family} has no sanitizer driver"
     program = tmp_path / "sanitized"
-    flags = ["-std=c++17", "-O1", "-g1", "-fno-math-errno", "-Wno-maybe-uninitialized", "-fsanitize=address,undefined"]
+    flags = ["-std=c++17", "-O0", "-g1", "-fno-math-errno", "-Wno-maybe-uninitialized", "-fsanitize=address,undefined"]
     flags += ["-fno-sanitize-recover=all", f"-DCPU_CAPABILITY={instruction_set}", *FLAGS[instruction_set]]
     table = f"-DDL_TABLE={family}_kernels_{instruction_set}"
     built = run([CXX, *flags, table, str(driver), str(kernel), "-o", str(program)])
