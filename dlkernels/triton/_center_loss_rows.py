@@ -89,7 +89,6 @@ def center_rows_kernel(
     LOSS: tl.constexpr,
     GRAD: tl.constexpr,
     DIVISOR: tl.constexpr,
-    FOLD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -100,8 +99,9 @@ def center_rows_kernel(
     # Traffic   per element: read x (and A), write dx (and dA); c_y mostly from the L2. Rows left out are not read.
     # Grid      one program per `steps` blocks of BLOCK_R rows.
     # Requires  contiguous tensors but for g; D = d_vectors * D_VECTOR; at most COUNT_HERE rows for DIVISOR_HERE.
-    # Result    bitwise reproducible: a fixed tree per program, partial sums to finalise_kernel. A label of K or more
-    #           reads nothing: its row is NaN. So is what an attention outside of [0, 1] takes part in.
+    # Result    bitwise reproducible: a fixed tree per program, partial sums to finalise_kernel. What is stored for the
+    #           backward pass is divided by the divisor but for float16, each tensor by its own dtype. A label of K or
+    #           more reads nothing: its row is NaN. So is what an attention outside of [0, 1] takes part in.
     pid = tl.program_id(0).to(tl.int64)
     d = d_vectors * D_VECTOR
     offs_r = tl.arange(0, BLOCK_R)
@@ -124,9 +124,14 @@ def center_rows_kernel(
         scale = tl.full([BLOCK_R], 1.0, ACC)
         if GRAD == GRAD_EACH:
             scale = tl.load(g_ptr + row * stride_g, mask=reads, other=0.0).to(ACC)
-        elif GRAD == GRAD_STORED and FOLD:
-            scale = scale / divisor
         scale = tl.where(bad, float("nan"), scale)[:, None]
+        scale_x = scale
+        scale_a = scale
+        if GRAD == GRAD_STORED:
+            if dx_ptr.dtype.element_ty != tl.float16:
+                scale_x = scale / divisor
+            if da_ptr.dtype.element_ty != tl.float16:
+                scale_a = scale / divisor
         base = row[:, None] * d
         base_c = tl.where(reads, label, 0)[:, None] * d
 
@@ -146,9 +151,9 @@ def center_rows_kernel(
                 losses += pull * diff
             if GRAD != GRAD_NONE:
                 mask = mask_r[:, None] & (offs < d)
-                tl.store(dx_ptr + base + offs, (scale * pull).to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + base + offs, (scale_x * pull).to(dx_ptr.dtype.element_ty), mask=mask)
                 if ATTENTION != ATTENTION_NONE:
-                    da = (0.5 * scale) * (slope * (diff * diff))
+                    da = (0.5 * scale_a) * (slope * (diff * diff))
                     tl.store(da_ptr + base + offs, da.to(da_ptr.dtype.element_ty), mask=mask)
         if LOSS != LOSS_NONE:
             loss = tl.where(bad, float("nan"), 0.5 * tl.sum(losses, 1))

@@ -269,5 +269,5 @@ def class_sums(
     if several:
         merge_kernel[(blocks - 1, slabs)](
             centers, ordered, out, rows, partial, count, *sizes, blocks, alpha_bits,
-            BLOCK_S=MERGE_BLOCK, num_warps=4, **shared,
+            BLOCK_S=MERGE_BLOCK, num_warps=8, **shared,
         )  # fmt: skip

@@ -40,7 +40,7 @@ from ._common import (
     accumulator,
 )
 
-TILE = 2048  # elements of the row kernel's tile: of each tensor 16 per thread
+TILE = 2048  # elements of the row kernel's tile, 16 per thread; with attention half of that, for want of registers
 COUNT_BLOCK, COUNT_STEPS = 4096, 4
 
 
@@ -55,16 +55,20 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(n: int, d: int) -> Plan:
+def plan(n: int, d: int, tile: int) -> Plan:
     """Small batches: more programs rather than larger tiles. Large ones: fewer partial sums."""
-    block_d = min(max(1, triton.next_power_of_2(d)), TILE // 2)
-    block_r = max(1, TILE // block_d)
+    block_d = min(max(1, triton.next_power_of_2(d)), tile)
+    block_r = max(1, tile // block_d)
     while block_r > 1 and triton.cdiv(n, block_r) < 256 and block_r * block_d > 256:
         block_r //= 2
     blocks = triton.cdiv(n, block_r)
     steps = 1 if blocks < 1 << 13 else 4 if blocks < 1 << 16 else 16
     size = block_r * block_d
     return Plan(block_r, block_d, steps, triton.cdiv(blocks, steps), max(1, min(4, size // 256)))
+
+
+def plan_for(x: Tensor, attention: Tensor | None) -> Plan:
+    return plan(*x.shape, TILE if attention is None else TILE // 2)
 
 
 def _kind(attention: Tensor | None, logits: bool) -> Any:
@@ -91,7 +95,7 @@ def _launch_rows(
     dx: Tensor, dattention: Tensor, divisor: Tensor | None, logits: bool, ignore_index: int,
     modes: tuple[Any, Any, Any],
 ) -> None:  # fmt: skip
-    (n, d), p = x.shape, plan(*x.shape)
+    (n, d), p = x.shape, plan_for(x, attention)
     loss_mode, grad_mode, divisor_mode = modes
     vector = math.gcd(d, 8)
     center_rows_kernel[(p.programs,)](
@@ -99,7 +103,7 @@ def _launch_rows(
         dx, dattention, x if divisor is None else divisor, n, centers.shape[0], ignore_index, d // vector,
         0 if g is None else g.stride(0), p.steps,
         D_VECTOR=vector, ATTENTION=_kind(attention, logits).value, LOSS=loss_mode.value, GRAD=grad_mode.value,
-        DIVISOR=divisor_mode.value, FOLD=x.dtype != torch.float16, BLOCK_R=p.block_r, BLOCK_D=p.block_d,
+        DIVISOR=divisor_mode.value, BLOCK_R=p.block_r, BLOCK_D=p.block_d,
         ACC=accumulator(x.dtype)[0], num_warps=p.num_warps,
     )  # fmt: skip
 
@@ -128,7 +132,7 @@ def center_loss_fwd(
         if reduction != NONE:
             loss.zero_()
         return loss, dx, dattention, divisor.fill_(1.0)
-    programs = plan(n, d).programs
+    programs = plan_for(x, a).programs
     with _common.on_device(x):
         divisor_mode = DIVISOR_ONE
         if reduction == MEAN and n <= COUNT_HERE.value:
