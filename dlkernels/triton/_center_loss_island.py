@@ -117,6 +117,16 @@ def island_value_kernel(
     tl.store(value_ptr, value.to(value_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _parted(c, s, inverse, dot, scale, step_ptr, slot, d, offs, mask, MOVE: tl.constexpr):
+    """scale (S - (n . S) n) / ||c||; MOVE: the center with it, and with its step where it has one."""
+    value = (scale * inverse) * (s - dot * (c * inverse))
+    if MOVE:
+        some = slot >= 0
+        value += c + tl.load(step_ptr + tl.where(some, slot, 0) * d + offs, mask=mask & some, other=0.0)
+    return value
+
+
 @triton.jit(do_not_specialize=["k", "d_vectors", "factor"])
 def island_rows_kernel(
     c_ptr,  # [K, D] centers
@@ -130,6 +140,7 @@ def island_rows_kernel(
     d_vectors,
     factor,
     D_VECTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
     MOVE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -138,9 +149,9 @@ def island_rows_kernel(
     # The direction that parts the centers: the gradient of the pairs, or their part of the centers' update.
     #
     # Math      u_j = factor r_j (S - (n_j . S) n_j), n_j = r_j c_j:  dc_j = g u_j;  MOVE: c_j <- c_j + step_j + u_j.
-    # Traffic   read c (twice where D > BLOCK_D) and the steps of classes that have one, write the result.
+    # Traffic   read c (twice without WHOLE) and the steps of classes that have one, write the result.
     # Grid      one program per BLOCK_K classes.
-    # Requires  contiguous tensors; D = d_vectors * D_VECTOR; out may be c.
+    # Requires  contiguous tensors; D = d_vectors * D_VECTOR; WHOLE: D <= BLOCK_D; out may be c.
     # Result    bitwise reproducible.
     factor = scalar(factor, ACC)
     d = d_vectors * D_VECTOR
@@ -152,24 +163,31 @@ def island_rows_kernel(
     scale = factor
     if not MOVE:
         scale *= tl.load(g_ptr).to(ACC)
-    dots = tl.zeros([BLOCK_K, BLOCK_D], ACC)
-    for start in range(0, d, BLOCK_D):
-        offs = start + offs_d
-        c = tl.load(c_ptr + base + offs, mask=mask_k[:, None] & (offs < d), other=0.0).to(ACC)
-        dots += (c * inverse) * tl.load(total_ptr + offs, mask=offs < d, other=0.0)
-    dot = tl.sum(dots, 1, keep_dims=True)
     if MOVE:
         slot = tl.load(slot_ptr + j, mask=mask_k, other=-1)[:, None]
-    for start in range(0, d, BLOCK_D):
-        offs = start + offs_d
-        mask = mask_k[:, None] & (offs < d)
-        c = tl.load(c_ptr + base + offs, mask=mask, other=0.0).to(ACC)
-        s = tl.load(total_ptr + offs, mask=offs < d, other=0.0)
-        value = (scale * inverse) * (s - dot * (c * inverse))
-        if MOVE:
-            step = tl.load(step_ptr + tl.where(slot < 0, 0, slot) * d + offs, mask=mask & (slot >= 0), other=0.0)
-            value += c + step
-        tl.store(out_ptr + base + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        slot = inverse
+    if WHOLE:
+        mask = mask_k[:, None] & (offs_d < d)
+        c = tl.load(c_ptr + base + offs_d, mask=mask, other=0.0).to(ACC)
+        s = tl.load(total_ptr + offs_d, mask=offs_d < d, other=0.0)
+        dot = tl.sum((c * inverse) * s, 1, keep_dims=True)
+        value = _parted(c, s, inverse, dot, scale, step_ptr, slot, d, offs_d, mask, MOVE)
+        tl.store(out_ptr + base + offs_d, value.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        dots = tl.zeros([BLOCK_K, BLOCK_D], ACC)
+        for start in range(0, d, BLOCK_D):
+            offs = start + offs_d
+            c = tl.load(c_ptr + base + offs, mask=mask_k[:, None] & (offs < d), other=0.0).to(ACC)
+            dots += (c * inverse) * tl.load(total_ptr + offs, mask=offs < d, other=0.0)
+        dot = tl.sum(dots, 1, keep_dims=True)
+        for start in range(0, d, BLOCK_D):
+            offs = start + offs_d
+            mask = mask_k[:, None] & (offs < d)
+            c = tl.load(c_ptr + base + offs, mask=mask, other=0.0).to(ACC)
+            s = tl.load(total_ptr + offs, mask=offs < d, other=0.0)
+            value = _parted(c, s, inverse, dot, scale, step_ptr, slot, d, offs, mask, MOVE)
+            tl.store(out_ptr + base + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # Host -----------------------------------------------------------------------------------------------------------------
@@ -240,5 +258,5 @@ def rows(
     island_rows_kernel[(triton.cdiv(k, p.block_k),)](
         centers, total, inverse, total if g is None else g, total if step is None else step,
         inverse if slot is None else slot, out, k, d // math.gcd(d, 8), number(factor, centers.dtype),
-        MOVE=step is not None, **_tile(p, d, accumulator(centers.dtype)[0]),
+        WHOLE=p.whole, MOVE=step is not None, **_tile(p, d, accumulator(centers.dtype)[0]),
     )  # fmt: skip

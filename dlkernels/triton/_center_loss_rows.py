@@ -95,7 +95,7 @@ def center_rows_kernel(
 ):
     # (Sparse) center loss, forward, and the rows of its backward.
     #
-    # Math      loss_i = 1/2 sum_d A_id (x_id - c_yd)^2,  dx = A (x - c_y),  dA = 1/2 (x - c_y)^2 (A (1 - A) for logits).
+    # Math      loss_i = 1/2 sum_d A_id (x_id - c_yd)^2,  dx = A (x - c_y),  dA = 1/2 (x - c_y)^2 (logits: A (1 - A)).
     # Traffic   per element: read x (and A), write dx (and dA); c_y mostly from the L2. Rows left out are not read.
     # Grid      one program per `steps` blocks of BLOCK_R rows.
     # Requires  contiguous tensors but for g; D = d_vectors * D_VECTOR; at most COUNT_HERE rows for DIVISOR_HERE.

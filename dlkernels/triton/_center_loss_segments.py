@@ -168,7 +168,7 @@ def merge_kernel(
     #
     # Math      as segments_kernel, s_j and n_j summed over the pieces of j.
     # Traffic   read the partial sums once; per class: read c_j, write the result.
-    # Grid      (blocks - 1, D / BLOCK_D): a program does the class that starts in its block and goes on, if there is one.
+    # Grid      (blocks - 1, D / BLOCK_D): a program does the class that starts in its block and goes on, if any.
     # Requires  more than one block; partial sums of all pieces.
     # Result    bitwise reproducible: slots in their order in a fixed tree, no atomics.
     alpha = scalar(alpha, ACC)
@@ -256,8 +256,8 @@ def class_sums(
     slabs = triton.cdiv(d, p.block_d)
     sizes = (n, k, ignore_index, d // vector)
     shared = {
-        "D_VECTOR": vector, "OUT": out_kind.value, "EMA": ema, "BY_CLASS": out_kind is OUT_STEP and k <= n, "PIECE": p.piece,
-        "BLOCK_D": p.block_d, "ACC": acc,
+        "D_VECTOR": vector, "OUT": out_kind.value, "EMA": ema, "BY_CLASS": out_kind is OUT_STEP and k <= n,
+        "PIECE": p.piece, "BLOCK_D": p.block_d, "ACC": acc,
     }  # fmt: skip
     rows = order if slot is None else slot
     alpha_bits = number(alpha, x.dtype)

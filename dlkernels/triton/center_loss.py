@@ -121,7 +121,7 @@ def center_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, labels, centers = features.contiguous(), labels.contiguous(), centers.contiguous()
     a = None if attention is None else attention.contiguous()
-    n, d = x.shape
+    n = x.shape[0]
     acc, dtype = accumulator(x.dtype)
     loss = x.new_empty((n,) if reduction == NONE else (), dtype=dtype)
     divisor = x.new_empty((), dtype=dtype)
