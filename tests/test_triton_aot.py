@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import aot_center_loss
 import aot_layers
 import pytest
 
@@ -139,7 +140,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
         depth = {"VECTOR": 8, "HAS_RESIDUAL": True, "BLOCK": stochastic_depth.BLOCK, "ACC": tl.float32}
         kernel = stochastic_depth._stochastic_depth_kernel
         cases[f"stochastic depth {dtype}"] = (kernel, depth_types, depth, 4, {"ldg": 2, "stg": 1})
-    return cases | aot_layers.specialisations()
+    return cases | aot_layers.specialisations() | aot_center_loss.specialisations()
 
 
 # Compiling and reading the machine code -------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def bind() -> dict[str, int]:
             v, g = torch.zeros(1, rows, 96, dtype=dtype), torch.zeros(rows, dtype=dtype)
             weight_norm.weight_norm_bwd(v, v, g, weight_norm.weight_norm_fwd(v, g)[1])
     aot_layers.bind()
+    aot_center_loss.bind()
     return {name: len(found) for name, found in binaries.items()}
 
 
@@ -258,9 +260,9 @@ def test_launchers_compile_once_per_dtype() -> None:
     assert binaries["_stochastic_depth_kernel"] == 2 and binaries["_weight_norm_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.
     assert binaries["count_kernel"] == binaries["finalise_kernel"] == binaries["_scale_kernel"] == 2, binaries
-    # Layers: another batch size or eps compiles nothing new.
-    layers = {name: binaries[name] for name in aot_layers.BINARIES}
-    assert layers == {name: 2 * count for name, count in aot_layers.BINARIES.items()}, binaries
+    # Layers and centers: another batch size, eps or alpha compiles nothing new.
+    expected = aot_layers.BINARIES | aot_center_loss.BINARIES
+    assert {name: binaries[name] for name in expected} == {n: 2 * count for n, count in expected.items()}, binaries
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

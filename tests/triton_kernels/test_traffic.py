@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels._traffic import eager_traffic, interpreter_traffic
-from dlkernels.triton import focal_loss, group_norm, squeeze_excite, stored_grad
+from dlkernels.triton import center_loss, focal_loss, group_norm, squeeze_excite, stored_grad
 
 MEAN = 1
 
@@ -169,6 +169,83 @@ def test_squeeze_excite_moves_three_and_four_passes(channels_last: bool) -> None
     assert 3 * one <= forward.total <= 3.1 * one
     assert 4 * one <= backward.total <= 4.1 * one
     assert eager.total > 1.5 * (forward.total + backward.total)
+
+
+def center_eager(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """As the widespread implementation computes it: the distances of all rows to all centers, then a mask."""
+    distances = x.square().sum(1, keepdim=True) + c.square().sum(1) - 2 * x @ c.t()
+    return (distances * (y[:, None] == torch.arange(c.shape[0]))).clamp(1e-12, 1e12).sum() / x.shape[0]
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows share programs as in large batches: the interpreter's time goes by programs."""
+    from dlkernels.triton import _center_loss_segments
+
+    plan = center_loss.plan
+    monkeypatch.setattr(center_loss, "plan", lambda n, *a: plan(n, *a)._replace(block_r=8, programs=-(-n // 8)))
+    monkeypatch.setattr(_center_loss_segments, "POSITIONS", 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.usefixtures("few_programs")
+def test_center_loss_and_update_move_three_passes(dtype: torch.dtype) -> None:
+    """Read x, write dx; read x by class, move the centers. Labels, their order and the partial sums are the rest."""
+    n, d, k = 520, 512, 4
+    x, y, c = torch.randn(n, d).to(dtype), torch.randint(0, k, (n,)), torch.randn(k, d).to(dtype)
+    one = x.numel() * x.element_size()
+    with interpreter_traffic(x=x, c=c) as loss:
+        _, grad, _, _ = center_loss.center_loss_fwd(x, y, c, None, False, -100, MEAN, True, False)
+        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+    with interpreter_traffic(x=x) as update:
+        center_loss.update_centers_(c, x, y, None, False, 0.5, False, 0.0, -100)
+    assert loss.by_tensor["x"] == [one, 0] and update.by_tensor == {"x": [one, 0]}
+    gathered = loss.by_tensor["c"][0]  # from the L2; at most a row for a row
+    assert gathered <= one
+
+    leaves = [t.detach().requires_grad_() for t in (x, c)]
+    with eager_traffic() as eager:
+        center_eager(leaves[0], y, leaves[1]).backward()
+        counts = torch.zeros_like(c[:, :1]).index_add_(0, y, torch.ones_like(x[:, :1]))
+        c.sub_(0.5 * torch.zeros_like(c).index_add_(0, y, c[y] - x) / (1 + counts))
+    ours = loss.total + update.total - gathered
+    report(f"center loss and update {dtype}", ours, 3 * one, eager.total)
+    print(f"passes of N D: {ours / one:.3f}, and {gathered / one:.3f} of centers gathered from the L2")
+    assert 3 * one <= ours <= 3.3 * one
+    assert eager.total > 3 * ours
+
+
+@pytest.mark.parametrize("logits", (False, True))
+@pytest.mark.usefixtures("few_programs")
+def test_sparse_center_loss_moves_four_passes(logits: bool) -> None:
+    """Forward read x and A, write dx and dA. Backward with the centers' gradient: x and A once more."""
+    n, d = 70, 256
+    x, a, c = torch.randn(n, d), torch.rand(n, d), torch.randn(3, d)
+    y = torch.randint(0, 3, (n,))
+    one = x.numel() * 4
+    with interpreter_traffic(x=x, a=a, c=c) as forward:
+        center_loss.center_loss_fwd(x, y, c, a, logits, -100, 2, True, False)
+    assert forward.by_tensor["x"] == forward.by_tensor["a"] == [one, 0]
+    assert 4 * one <= forward.total - forward.by_tensor["c"][0] <= 4.1 * one
+    with interpreter_traffic(x=x, a=a, c=c) as backward:
+        center_loss.center_loss_bwd(torch.ones(()).expand(n), x, y, c, a, logits, -100, True)
+    assert backward.by_tensor["x"] == backward.by_tensor["a"] == [2 * one, 0]
+    assert 6 * one <= backward.total - backward.by_tensor["c"][0] <= 6.5 * one
+
+
+def test_island_reads_the_centers_once() -> None:
+    """Pairs: read c; their gradient: read c, write dc; the update: read c twice, write it, and the batch's steps."""
+    c, x, y = torch.randn(300, 64), torch.randn(20, 64), torch.arange(20)
+    one = c.numel() * 4
+    with interpreter_traffic(c=c) as pairs:
+        value, total, inverse = center_loss.island_pairs_fwd(c)
+    assert pairs.by_tensor["c"] == [one, 0]
+    with interpreter_traffic(c=c) as gradient:
+        center_loss.island_pairs_bwd(value, c, total, inverse)
+    assert gradient.by_tensor["c"] == [one, 0] and gradient.stored == one
+    with interpreter_traffic(c=c) as update:
+        center_loss.update_centers_(c, x, y, None, False, 0.5, False, 1.0, -100)
+    assert update.by_tensor["c"] == [2 * one + x.numel() * 4, one]
 
 
 def test_eager_traffic_counts_operands_once() -> None:
