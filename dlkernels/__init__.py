@@ -9,6 +9,7 @@ from ._version import __version__
 from .ops import (
     cross_entropy,
     group_norm,
+    region_biased_loss,
     sigmoid_focal_loss,
     softmax_focal_loss,
     squeeze_excite,
@@ -24,6 +25,7 @@ __all__ = [
     "group_norm",
     "nn",
     "ops",
+    "region_biased_loss",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "squeeze_excite",

@@ -1,0 +1,174 @@
+// The region-biased-loss loops of one instruction set: compiled once for each, with CPU_CAPABILITY naming it.
+//
+// Math      csrc/math/region_biased_loss.h; what does not take part reads as -inf.
+// Traffic   per element: read the attention (and the mask), write the gradient = 2 elements; a tile waits in cache.
+// Grid      tiles of one row per vector lane, spread over threads by the caller: rows are short (6 regions of a face).
+// Requires  contiguous arrays; regions <= 2^24, which a float counts.
+// Result    bitwise reproducible for one instruction set: a row's sums have a fixed order, whatever thread has it.
+#include "region_biased_loss_kernel.h"
+
+#include "../common/loops.h"
+#include "../math/region_biased_loss.h"
+
+namespace dlkernels {
+inline namespace CPU_CAPABILITY {
+
+// One tile: rows [first, first + n), their attention as z[r * W + lane]; lanes from n on repeat the first row.
+template <class T>
+struct Tile {
+  using A = typename Lanes<T>::scalar;
+  using V = typename Lanes<T>::vec;
+  static constexpr int W = Lanes<T>::width;
+
+  const RegionBiasedArgs& a;
+  int64_t first, n;
+  A* z;
+  A some[W];  // the first crop of a row, -1 where there is none: what the gradient falls to when all of them are -inf
+
+  bool part(int64_t row, int64_t r) const { return !a.mask || r == a.origin || a.mask[row * a.regions + r]; }
+
+  DL_INLINE void load_rows() {
+    const T* x = static_cast<const T*>(a.attention);
+    const int64_t R = a.regions;
+    const A second = R == 1 ? A(-1) : a.origin == 0 ? A(1) : A(0);
+    for (int64_t l = 0; l < W; ++l) {
+      const int64_t row = first + (l < n ? l : 0);
+      const T* p = x + row * R;
+      some[l] = second;
+      if (!a.mask) {
+        for (int64_t r = 0; r < R; ++r) z[r * W + l] = to_float(p[r]);
+        continue;
+      }
+      some[l] = A(-1);
+      for (int64_t r = R; r-- > 0;) {
+        const bool crop = r != a.origin && a.mask[row * R + r];
+        z[r * W + l] = crop || r == a.origin ? to_float(p[r]) : A(-INFINITY);
+        if (crop) some[l] = static_cast<A>(r);
+      }
+    }
+  }
+
+  DL_INLINE void store_rows() const {
+    T* p = static_cast<T*>(a.grad) + first * a.regions;
+    const int64_t R = a.regions;
+    for (int64_t l = 0; l < n; ++l)
+      for (int64_t r = 0; r < R; ++r) p[l * R + r] = from_float<T>(part(first + l, r) ? z[r * W + l] : A(0));
+  }
+
+  DL_INLINE V scales() const {
+    const A* g = static_cast<const A*>(a.grad_output);
+    A scale[W];
+    for (int64_t l = 0; l < W; ++l) {
+      const int64_t row = first + (l < n ? l : 0);
+      scale[l] = static_cast<A>(a.grad_scale) * (g ? g[row * a.grad_output_step] : A(1));
+    }
+    return load(scale);
+  }
+
+  DL_INLINE void run() {
+    load_rows();
+    const int64_t R = a.regions, o = a.origin;
+    const V zero = splat<V>(0), z_0 = load(z + o * W), has_crop = load(some);
+    V best = splat<V>(-INFINITY), index = has_crop, undefined = select(z_0 == z_0, zero, z_0);  // a part's NaN, or 0
+    for (int64_t r = 0; r < R; ++r) {
+      if (r == o) continue;
+      const V v = load(z + r * W);
+      const auto above = v > best;
+      best = select(above, v, best);
+      index = select(above, splat<V>(static_cast<double>(r)), index);
+      undefined = select(v == v, undefined, v);
+    }
+
+    V mu_max = best, mu_0 = z_0, inverse = zero;
+    if (a.softmax) {
+      const V m = vmax(z_0, best);
+      V total = zero;
+      for (int64_t r = 0; r < R; ++r) {
+        const V e = vexp(load(z + r * W) - m);
+        total += e;
+        store(z + r * W, e);
+      }
+      inverse = splat<V>(1) / total;
+      mu_max = vexp(best - m) * inverse;
+      mu_0 = vexp(z_0 - m) * inverse;
+    }
+    RegionBiasedTerms<V> row = region_biased(mu_max, mu_0, splat<V>(a.margin));
+    undefined = select(row.loss == row.loss, undefined, row.loss);
+    const auto none = has_crop < 0.0f;
+    row.loss = select(none, zero, row.loss + undefined);
+    row.active = select(none, zero, row.active + undefined);
+
+    if (a.loss) {
+      A losses[W];
+      store(losses, row.loss);
+      for (int64_t l = 0; l < n; ++l) static_cast<A*>(a.loss)[first + l] = losses[l];
+    }
+    if (!a.grad) return;
+    if (a.softmax) {
+      const V g = scales();
+      for (int64_t r = 0; r < R; ++r) {
+        const V here = r == o ? row.active : select(index == splat<V>(static_cast<double>(r)), -row.active, zero);
+        const V dz = region_biased_softmax_grad(load(z + r * W) * inverse, here, mu_0, mu_max, row.active);
+        store(z + r * W, select(row.active == 0.0f, zero, dz * g));
+      }
+      store_rows();
+    } else {
+      two_numbers(row.active, index);
+    }
+  }
+
+  // Without a softmax a row's gradient is 0 but for two numbers, or NaN wherever the row has a part.
+  DL_INLINE void two_numbers(V active, V index) const {
+    T* p = static_cast<T*>(a.grad) + first * a.regions;
+    const int64_t R = a.regions;
+    A actives[W], indices[W], gs[W];
+    store(actives, active);
+    store(indices, index);
+    store(gs, scales());
+    std::memset(static_cast<void*>(p), 0, static_cast<size_t>(n * R) * sizeof(T));
+    for (int64_t l = 0; l < n; ++l, p += R) {
+      if (actives[l] == A(0)) continue;
+      const A g = actives[l] * gs[l];
+      if (actives[l] == actives[l]) {
+        p[a.origin] = from_float<T>(g);
+        p[static_cast<int64_t>(indices[l])] = from_float<T>(-g);
+      } else {
+        for (int64_t r = 0; r < R; ++r)
+          if (part(first + l, r)) p[r] = from_float<T>(g);
+      }
+    }
+  }
+};
+
+static int64_t tiles(const RegionBiasedArgs& a) {
+  return with_float(a.dtype, [&](auto t) -> int64_t {
+    constexpr int64_t W = Lanes<decltype(t)>::width;
+    return (a.rows + W - 1) / W;
+  });
+}
+
+static int64_t scratch_bytes(const RegionBiasedArgs& a) {
+  return with_float(a.dtype, [&](auto t) -> int64_t {
+    using L = Lanes<decltype(t)>;
+    return a.regions * L::width * static_cast<int64_t>(sizeof(typename L::scalar));
+  });
+}
+
+static void run(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scratch) {
+  with_float(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t W = Lanes<T>::width;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * W, n = a.rows - first < W ? a.rows - first : W;
+      Tile<T>{a, first, n, static_cast<typename Lanes<T>::scalar*>(scratch), {}}.run();
+    }
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+
+RegionBiasedLossKernels DL_CONCAT(region_biased_loss_kernels_, CPU_CAPABILITY)() {
+  return {tiles, scratch_bytes, run};
+}
+
+}  // namespace dlkernels
