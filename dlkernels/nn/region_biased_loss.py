@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops import region_biased_loss as ops
+from ..ops.region_biased_loss import NORMALIZE, check_mask, finite, region_biased_loss
 
 
 class RegionBiasedLoss(nn.Module):
@@ -31,15 +31,15 @@ class RegionBiasedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.origin_index = _checks.integer("origin_index", origin_index)
-        self.margin = ops.finite("margin", margin)
-        _checks.one_of("normalize", normalize, ops.NORMALIZE)
+        self.margin = finite("margin", margin)
+        _checks.one_of("normalize", normalize, NORMALIZE)
         _checks.reduction_code(reduction)
         self.normalize = normalize
         self.reduction = reduction
         self.higher_order = higher_order
 
     def forward(self, attention: Tensor, mask: Tensor | None = None) -> Tensor:
-        return ops.region_biased_loss(
+        return region_biased_loss(
             attention, origin_index=self.origin_index, margin=self.margin, normalize=self.normalize, mask=mask,
             reduction=self.reduction, higher_order=self.higher_order,
         )  # fmt: skip
@@ -86,7 +86,7 @@ class RegionAttention(nn.Module):
         super().__init__()
         if _checks.integer("dim", dim) < 1:
             raise ValueError(f"`dim` must be a number of features >= 1, got {dim}")
-        _checks.one_of("normalize", normalize, ops.NORMALIZE)
+        _checks.one_of("normalize", normalize, NORMALIZE)
         self.dim = dim
         self.normalize = normalize
         self.self_attention = nn.Linear(dim, 1, bias, device, dtype)
@@ -118,7 +118,7 @@ class RegionAttention(nn.Module):
                 f"`features` must have shape (N, R, D) with D = {self.dim}, got {_checks.shape_of(features)}"
             )
         if mask is not None:
-            ops.check_mask(mask, features, "features")
+            check_mask(mask, features, "features")
 
     def extra_repr(self) -> str:
         bias = self.self_attention.bias is not None
