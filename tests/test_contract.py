@@ -235,14 +235,6 @@ OPS = [
         not_applicable=PIECEWISE_LINEAR,
     ),
     OpCase(
-        "region_biased_loss/sum",
-        lambda x, m, **more: dk.region_biased_loss(x, margin=2.5, mask=m.bool(), reduction="sum", **more),
-        lambda dtype, n: (logits(dtype, n, 7), some_crops(n, 7)),
-        REGION_BIASED + STORED,
-        lambda: dk.nn.RegionBiasedLoss(0, 2.5, reduction="sum"),
-        not_applicable=PIECEWISE_LINEAR,
-    ),
-    OpCase(
         "group_norm/affine",
         lambda x, w, b: dk.group_norm(x, 3, w, b),
         lambda dtype, n: (logits(dtype, n, 6, 7), weights(dtype, 6), weights(dtype, 6).flip(0)),

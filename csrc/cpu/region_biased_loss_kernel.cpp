@@ -79,20 +79,17 @@ struct Tile {
       undefined = select(v == v, undefined, v);
     }
 
-    V mu_max = best, mu_0 = z_0, inverse = zero;
+    V gap = best - z_0, total = zero;
     if (a.softmax) {
       const V m = vmax(z_0, best);
-      V total = zero;
       for (int64_t r = 0; r < R; ++r) {
         const V e = vexp(load(z + r * W) - m);
         total += e;
         store(z + r * W, e);
       }
-      inverse = splat<V>(1) / total;
-      mu_max = vexp(best - m) * inverse;
-      mu_0 = vexp(z_0 - m) * inverse;
+      gap = (vexp(best - m) - vexp(z_0 - m)) / total;  // one of the two is 1: nothing is rounded before the difference
     }
-    RegionBiasedTerms<V> row = region_biased(mu_max, mu_0, splat<V>(a.margin));
+    RegionBiasedTerms<V> row = region_biased(gap, splat<V>(a.margin));
     undefined = select(row.loss == row.loss, undefined, row.loss);
     const auto none = has_crop < 0.0f;
     row.loss = select(none, zero, row.loss + undefined);
@@ -105,10 +102,10 @@ struct Tile {
     }
     if (!a.grad) return;
     if (a.softmax) {
-      const V g = scales();
+      const V g = scales(), inverse = splat<V>(1) / total;
       for (int64_t r = 0; r < R; ++r) {
         const V here = r == o ? row.active : select(index == splat<V>(static_cast<double>(r)), -row.active, zero);
-        const V dz = region_biased_softmax_grad(load(z + r * W) * inverse, here, mu_0, mu_max, row.active);
+        const V dz = region_biased_softmax_grad(load(z + r * W) * inverse, here, gap, row.active);
         store(z + r * W, select(row.active == 0.0f, zero, dz * g));
       }
       store_rows();

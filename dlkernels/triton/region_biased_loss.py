@@ -58,8 +58,8 @@ def _region_biased_loss_kernel(
 ):
     # Region biased loss, forward and backward.
     #
-    # Math      mu = x or softmax(x), top = max over crops: loss = max(0, margin - (mu_top - mu_0)), active = loss > 0:
-    #           dmu_0 = active, dmu_top = -active;  through the softmax dx_r = mu_r (dmu_r - active (mu_0 - mu_top)).
+    # Math      mu = x or softmax(x), gap = max over crops - mu_0: loss = max(0, margin - gap), active = loss > 0:
+    #           dmu_0 = active, dmu_top = -active;  through the softmax dx_r = mu_r (dmu_r + active gap).
     # Traffic   per element: read x and the mask, write dx.
     # Grid      one program per ROWS rows.
     # Requires  contiguous x, mask and dx; R = vectors VECTOR <= BLOCK_R.
@@ -89,15 +89,16 @@ def _region_biased_loss_kernel(
     is_top = offs_r == top
     undefined = tl.max((parts & (x != x)).to(tl.int32), 1, keep_dims=True) > 0
 
+    x_top = tl.sum(tl.where(is_top, x, 0.0), 1, keep_dims=True)
+    x_0 = tl.sum(tl.where(is_origin, x, 0.0), 1, keep_dims=True)
     if SOFTMAX:
         highest = tl.max(tl.where(parts & (x == x), x, -float("inf")), 1, keep_dims=True)
         e = tl.where(parts, tl.exp(x - highest), 0.0)
-        mu = e / tl.sum(e, 1, keep_dims=True)
+        e_sum = tl.sum(e, 1, keep_dims=True)
+        gap = (tl.exp(x_top - highest) - tl.exp(x_0 - highest)) / e_sum
     else:
-        mu = x
-    mu_top = tl.sum(tl.where(is_top, mu, 0.0), 1, keep_dims=True)
-    mu_0 = tl.sum(tl.where(is_origin, mu, 0.0), 1, keep_dims=True)
-    value = margin - (mu_top - mu_0)
+        gap = x_top - x_0
+    value = margin - gap
     undefined = undefined | (value != value)
     active = tl.where(value > 0, 1.0, 0.0).to(ACC)
     active = tl.where(undefined, float("nan"), active)
@@ -122,7 +123,7 @@ def _region_biased_loss_kernel(
             scale = tl.full(mask_n.shape, 1.0, ACC)
         dx = tl.where(is_origin, active, tl.where(is_top, -active, 0.0))
         if SOFTMAX:
-            dx = mu * (dx - active * (mu_0 - mu_top))
+            dx = e / e_sum * (dx + active * gap)
         dx = tl.where(undefined, float("nan"), dx) * scale
         dx = tl.where(parts & (active != 0), dx, 0.0)
         tl.store(dx_ptr + base + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
