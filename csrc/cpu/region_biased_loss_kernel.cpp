@@ -137,6 +137,15 @@ struct Tile {
   }
 };
 
+template <class T>
+void run_tiles(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t W = Lanes<T>::width;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * W, n = a.rows - first < W ? a.rows - first : W;
+    Tile<T>{a, first, n, static_cast<typename Lanes<T>::scalar*>(scratch), {}}.run();
+  }
+}
+
 static int64_t tiles(const RegionBiasedArgs& a) {
   return with_float(a.dtype, [&](auto t) -> int64_t {
     constexpr int64_t W = Lanes<decltype(t)>::width;
@@ -152,14 +161,7 @@ static int64_t scratch_bytes(const RegionBiasedArgs& a) {
 }
 
 static void run(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scratch) {
-  with_float(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    constexpr int64_t W = Lanes<T>::width;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * W, n = a.rows - first < W ? a.rows - first : W;
-      Tile<T>{a, first, n, static_cast<typename Lanes<T>::scalar*>(scratch), {}}.run();
-    }
-  });
+  with_float(a.dtype, [&](auto t) { run_tiles<decltype(t)>(a, begin, end, scratch); });
 }
 
 }  // namespace CPU_CAPABILITY
