@@ -156,8 +156,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
 
     region_biased("mean float32 R=6", "float32", 6, False, False, wide=())
     region_biased("mean bfloat16 R=6 softmax mask", "bfloat16", 6, True, True, wide=())
-    region_biased("mean float32 R=8192 softmax", "float32", 8192, True, False)
-    region_biased("backward float32 R=300 softmax", "float32", 300, True, False, loss=0, grad=2, divisor=0)
+    region_biased("backward float32 R=8192 softmax", "float32", 8192, True, False, loss=0, grad=2, divisor=0)
     return cases | aot_layers.specialisations()
 
 

@@ -137,14 +137,14 @@ class Tile(NamedTuple):
 
 
 def plan(n: int, regions: int) -> Tile:
-    """A function of the shape alone: 2048 elements a program, fewer where the batch would not fill a GPU."""
+    """A function of the shape alone: 1024 elements a program, fewer where the batch would not fill a GPU."""
     block_r = triton.next_power_of_2(regions)
     rows = 1
-    while rows * block_r < 2048 and rows < n:
+    while rows * block_r < 1024 and rows < n:
         rows *= 2
     while rows > 1 and rows * block_r > 256 and triton.cdiv(n, rows) < 256:
         rows //= 2
-    return Tile(rows, block_r, min(16, max(2, rows * block_r // 512)), triton.cdiv(n, rows))
+    return Tile(rows, block_r, min(16, max(2, rows * block_r // 256)), triton.cdiv(n, rows))
 
 
 def _launch(
