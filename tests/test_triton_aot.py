@@ -34,7 +34,15 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     """Representative ones: every target kind, gamma kind, tile kind and dtype at least once."""
     import triton.language as tl
 
-    from dlkernels.triton import _common, _rows, focal_loss, region_biased_loss, stochastic_depth, stored_grad, weight_norm
+    from dlkernels.triton import (
+        _common,
+        _rows,
+        focal_loss,
+        region_biased_loss,
+        stochastic_depth,
+        stored_grad,
+        weight_norm,
+    )
 
     cases: dict[str, Any] = {}
     scalars = {"normalizer_ptr": "*fp32", "divisor_ptr": "*fp32", "g_ptr": "*fp32", "loss_ptr": "*fp32"}

@@ -33,8 +33,9 @@ struct RegionBiasedLossNode : StoredGradNode<2> {
     const auto [attention, mask] = unpack();
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(g))
       return {region_biased_loss_backward(g, attention, mask, options)};
-    static const auto bwd = op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                          int64_t, double, bool)>("dlkernels::region_biased_loss_bwd");
+    static const auto bwd =
+        op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, double, bool)>(
+            "dlkernels::region_biased_loss_bwd");
     return {bwd.call(spread(g, attention.size(0)), attention, optional(mask), options.origin, options.margin,
                      options.softmax)};
   }

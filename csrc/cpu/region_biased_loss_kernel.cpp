@@ -2,13 +2,15 @@
 //
 // Math      csrc/math/region_biased_loss.h; what does not take part reads as -inf.
 // Traffic   per element: read the attention (and the mask), write the gradient = 2 elements; a tile waits in cache.
-// Grid      tiles of one row per vector lane, spread over threads by the caller: rows are short (6 regions of a face).
+// Grid      tiles, spread over threads by the caller: one row per vector lane, as rows are short (6 regions of a face),
+//           or one row of many regions.
 // Requires  contiguous arrays; regions <= 2^24, which a float counts.
 // Result    bitwise reproducible for one instruction set: a row's sums have a fixed order, whatever thread has it.
 #include "region_biased_loss_kernel.h"
 
 #include "../common/loops.h"
 #include "../math/region_biased_loss.h"
+#include "region_biased_loss_rows.h"
 
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
@@ -137,26 +139,39 @@ struct Tile {
   }
 };
 
+// Rows are cheaper side by side until each of them fills several vectors.
+template <class T>
+bool long_rows(const RegionBiasedArgs& a) {
+  return a.regions > 8 * Lanes<T>::width;
+}
+
 template <class T>
 void run_tiles(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t W = Lanes<T>::width;
+  auto* z = static_cast<typename Lanes<T>::scalar*>(scratch);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * W, n = a.rows - first < W ? a.rows - first : W;
-    Tile<T>{a, first, n, static_cast<typename Lanes<T>::scalar*>(scratch), {}}.run();
+    if (long_rows<T>(a)) {
+      LongRow<T>{a, tile, z}.run();
+    } else {
+      Tile<T>{a, first, n, z, {}}.run();
+    }
   }
 }
 
 static int64_t tiles(const RegionBiasedArgs& a) {
   return with_float(a.dtype, [&](auto t) -> int64_t {
-    constexpr int64_t W = Lanes<decltype(t)>::width;
-    return (a.rows + W - 1) / W;
+    using T = decltype(t);
+    constexpr int64_t W = Lanes<T>::width;
+    return long_rows<T>(a) ? a.rows : (a.rows + W - 1) / W;
   });
 }
 
 static int64_t scratch_bytes(const RegionBiasedArgs& a) {
   return with_float(a.dtype, [&](auto t) -> int64_t {
-    using L = Lanes<decltype(t)>;
-    return a.regions * L::width * static_cast<int64_t>(sizeof(typename L::scalar));
+    using T = decltype(t);
+    const int64_t count = long_rows<T>(a) ? LongRow<T>::padded(a.regions) : a.regions * Lanes<T>::width;
+    return count * static_cast<int64_t>(sizeof(typename Lanes<T>::scalar));
   });
 }
 
@@ -166,8 +181,6 @@ static void run(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scr
 
 }  // namespace CPU_CAPABILITY
 
-RegionBiasedLossKernels DL_CONCAT(region_biased_loss_kernels_, CPU_CAPABILITY)() {
-  return {tiles, scratch_bytes, run};
-}
+RegionBiasedLossKernels DL_CONCAT(region_biased_loss_kernels_, CPU_CAPABILITY)() { return {tiles, scratch_bytes, run}; }
 
 }  // namespace dlkernels

@@ -1,6 +1,6 @@
 // The region-biased-loss loops on exactly sized heap arrays, under AddressSanitizer and UndefinedBehaviorSanitizer:
-// ragged sizes, every dtype, with and without a softmax and a mask, compared with double-precision loops. What is masked
-// is NaN and must not show. Built and run by test_sanitized.py; "ok" means that all held.
+// ragged sizes, every dtype, with and without a softmax and a mask, compared with double-precision loops. What is
+// masked is NaN and must not show. Built and run by test_sanitized.py; "ok" means that all held.
 #include <algorithm>
 #include <cmath>
 #include <vector>

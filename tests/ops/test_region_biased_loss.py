@@ -302,6 +302,40 @@ def test_infinities(backend: str) -> None:
     assert math.isnan(gradient_of([0.0, INF, 0.0], normalize="softmax")[0])
 
 
+@pytest.mark.parametrize("normalize", [None, "softmax"])
+@pytest.mark.parametrize("regions", [4, 7, 40, 300])
+def test_edges_in_rows_of_any_length(regions: int, normalize: str | None, backend: str, device: torch.device) -> None:
+    """Ties, equality, infinities and NaN, inside and outside of a mask: wherever the four numbers stand in a row."""
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("by design: the launcher's own tests have these edges")
+    four = torch.tensor(
+        [
+            [0.25, 0.75, 0.5, 0.75], [0.5, 0.5, 0.5, 0.5], [0.0, -INF, -INF, -INF], [INF, 0.0, 1.0, 2.0],
+            [NAN, 0.0, 0.5, 0.0], [0.0, NAN, 2.0, 1.0], [0.0, 1.0, NAN, 3.0], [0.0, INF, INF, 0.0],
+        ],
+        dtype=torch.float64,
+    )  # fmt: skip
+    masks = [None, *(torch.tensor(m, dtype=torch.bool) for m in ([0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]))]
+    finite = four.isfinite().all(1)
+    for begin in {0, (regions - 4) // 2, regions - 4}:
+        x = torch.full((8, regions), -INF, dtype=torch.float64)
+        x[:, begin : begin + 4] = four
+        for m in masks:
+            mask = None if m is None else torch.zeros(8, regions, dtype=torch.bool)
+            if mask is not None:
+                mask[:, begin : begin + 4] = m
+            case = Case((8, regions), begin, 0.5, normalize)
+            call = lambda z, c=case, m=mask: dk.region_biased_loss(z, mask=m, reduction="none", **c.options)  # noqa: E731
+            ours = everything(call, x.float(), torch.ones(8))
+            exact = by_hand(x[finite], None if mask is None else mask[finite], case, torch.ones(8))
+            for a, e in zip(ours, exact, strict=True):
+                torch.testing.assert_close(a[finite].double(), e, rtol=1e-6, atol=1e-7)
+            with dk.backend("reference"):
+                expected = everything(call, x.float(), torch.ones(8))
+            for a, e in zip(ours, expected, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 def test_empty_batch(backend: str) -> None:
     x = torch.zeros(0, 6, requires_grad=True)
     for reduction, shape in (("none", (0,)), ("mean", ()), ("sum", ())):
@@ -564,7 +598,10 @@ def test_attention_state_dict_and_repr() -> None:
     twin.load_state_dict(layer.state_dict())
     for a, b in zip(twin(x), layer(x), strict=True):
         assert_bitwise(a, b)
-    assert [*dk.nn.RegionAttention(6, bias=False).state_dict()] == ["self_attention.weight", "relation_attention.weight"]
+    assert [*dk.nn.RegionAttention(6, bias=False).state_dict()] == [
+        "self_attention.weight",
+        "relation_attention.weight",
+    ]
 
 
 def test_attention_compiles_in_one_graph() -> None:

@@ -90,7 +90,10 @@ def test_kinks_and_numbers_that_are_none(softmax: bool) -> None:
             [NAN, 0.0, 0.5, 0.0], [0.0, NAN, 2.0, 1.0], [0.0, 1.0, NAN, 3.0], [0.0, INF, INF, 0.0],
         ]
     )  # fmt: skip
-    masks = [None, *(torch.tensor(m, dtype=torch.bool).expand(8, 4) for m in ([0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]))]
+    masks = [
+        None,
+        *(torch.tensor(m, dtype=torch.bool).expand(8, 4) for m in ([0, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0])),
+    ]
     g = torch.linspace(0.5, 2, 8)
     for mask, margin in itertools.product(masks, (0.5, 0.0)):
         options = (0, margin, softmax)
