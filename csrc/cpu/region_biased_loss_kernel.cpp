@@ -32,13 +32,16 @@ struct Tile {
   DL_INLINE void load_rows() {
     const T* x = static_cast<const T*>(a.attention);
     const int64_t R = a.regions;
+    if (!a.mask && n == W)
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t l = 0; l < W; ++l) z[r * W + l] = to_float(x[(first + l) * R + r]);
     const A second = R == 1 ? A(-1) : a.origin == 0 ? A(1) : A(0);
     for (int64_t l = 0; l < W; ++l) {
       const int64_t row = first + (l < n ? l : 0);
       const T* p = x + row * R;
       some[l] = second;
       if (!a.mask) {
-        for (int64_t r = 0; r < R; ++r) z[r * W + l] = to_float(p[r]);
+        for (int64_t r = 0; n < W && r < R; ++r) z[r * W + l] = to_float(p[r]);
         continue;
       }
       some[l] = A(-1);
@@ -50,11 +53,19 @@ struct Tile {
     }
   }
 
+  // The gradient waits as t[r * W + lane] where z was: a T is no larger than an A.
+  DL_INLINE T* waiting() const { return reinterpret_cast<T*>(z); }
   DL_INLINE void store_rows() const {
     T* p = static_cast<T*>(a.grad) + first * a.regions;
+    const T* t = waiting();
     const int64_t R = a.regions;
+    for (int64_t l = 0; l < n; ++l, p += R)
+      for (int64_t r = 0; r < R; ++r) p[r] = t[r * W + l];
+    if (!a.mask) return;
+    p -= n * R;
     for (int64_t l = 0; l < n; ++l)
-      for (int64_t r = 0; r < R; ++r) p[l * R + r] = from_float<T>(part(first + l, r) ? z[r * W + l] : A(0));
+      for (int64_t r = 0; r < R; ++r)
+        if (!part(first + l, r)) p[l * R + r] = T{};
   }
 
   DL_INLINE V scales() const {
@@ -98,9 +109,7 @@ struct Tile {
     row.active = select(none, zero, row.active + undefined);
 
     if (a.loss) {
-      A losses[W];
-      store(losses, row.loss);
-      for (int64_t l = 0; l < n; ++l) static_cast<A*>(a.loss)[first + l] = losses[l];
+      store_some(static_cast<A*>(a.loss) + first, row.loss, n);
     }
     if (!a.grad) return;
     if (a.softmax) {
@@ -108,7 +117,7 @@ struct Tile {
       for (int64_t r = 0; r < R; ++r) {
         const V here = r == o ? row.active : select(index == splat<V>(static_cast<double>(r)), -row.active, zero);
         const V dz = region_biased_softmax_grad(load(z + r * W) * inverse, here, gap, row.active);
-        store(z + r * W, select(row.active == 0.0f, zero, dz * g));
+        store(waiting() + r * W, select(row.active == 0.0f, zero, dz * g));
       }
       store_rows();
     } else {

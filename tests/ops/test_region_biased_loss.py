@@ -157,7 +157,7 @@ MU = [[0.5, 0.6, 0.4], [0.5, 0.51, 0.4], [0.9, 0.2, 0.1]]
     ("margin", "rows", "mean"), [(0.02, [0, 0.01, 0.72], 0.2433333333), (0.1, [0, 0.09, 0.8], 0.2966666667)]
 )
 def test_known_values(margin: float, rows: list[float], mean: float, backend: str) -> None:
-    """Column 0 is the face. By hand: row 0 costs nothing or, with the larger margin, just reaches it in exact numbers."""
+    """Column 0 is the face. With the larger margin row 0 just reaches it, but for rounding."""
     mu = torch.tensor(MU, dtype=torch.float64, requires_grad=True)
     found = dk.region_biased_loss(mu, margin=margin, reduction="none")
     torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=1e-12)
