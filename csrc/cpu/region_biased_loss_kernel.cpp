@@ -25,43 +25,44 @@ struct Tile {
   const RegionBiasedArgs& a;
   int64_t first, n;
   A* z;
-  A some[W];  // the first crop of a row, -1 where there is none: what the gradient falls to when all of them are -inf
 
   bool part(int64_t row, int64_t r) const { return !a.mask || r == a.origin || a.mask[row * a.regions + r]; }
 
-  DL_INLINE void load_rows() {
-    const T* x = static_cast<const T*>(a.attention);
+  // Returns the first crop of each row, -1 where there is none; where all of them are -inf it is the largest.
+  DL_INLINE V load_rows() {
+    const T* x = static_cast<const T*>(a.attention) + first * a.regions;
+    const uint8_t* mask = a.mask ? a.mask + first * a.regions : nullptr;
     const int64_t R = a.regions;
-    if (!a.mask && n == W)
-      for (int64_t r = 0; r < R; ++r)
-        for (int64_t l = 0; l < W; ++l) z[r * W + l] = to_float(x[(first + l) * R + r]);
-    const A second = R == 1 ? A(-1) : a.origin == 0 ? A(1) : A(0);
-    for (int64_t l = 0; l < W; ++l) {
-      const int64_t row = first + (l < n ? l : 0);
-      const T* p = x + row * R;
-      some[l] = second;
-      if (!a.mask) {
-        for (int64_t r = 0; n < W && r < R; ++r) z[r * W + l] = to_float(p[r]);
-        continue;
+    V some = splat<V>(mask || R == 1 ? -1 : a.origin == 0 ? 1 : 0);
+    for (int64_t r = R; r-- > 0;) {
+      A v[W];
+      if (n == W) {
+        for (int64_t l = 0; l < W; ++l) v[l] = to_float(x[l * R + r]);
+      } else {
+        for (int64_t l = 0; l < W; ++l) v[l] = to_float(x[(l < n ? l : 0) * R + r]);
       }
-      some[l] = A(-1);
-      for (int64_t r = R; r-- > 0;) {
-        const bool crop = r != a.origin && a.mask[row * R + r];
-        z[r * W + l] = crop || r == a.origin ? to_float(p[r]) : A(-INFINITY);
-        if (crop) some[l] = static_cast<A>(r);
+      V value = load(v);
+      if (mask && r != a.origin) {
+        A kept[W];
+        for (int64_t l = 0; l < W; ++l) kept[l] = static_cast<A>(mask[(l < n ? l : 0) * R + r]);
+        const auto out = load(kept) == 0.0f;
+        value = select(out, splat<V>(-INFINITY), value);
+        some = select(out, some, splat<V>(static_cast<double>(r)));
       }
+      store(z + r * W, value);
     }
+    return some;
   }
 
   // The gradient waits as t[r * W + lane] where z was: a T is no larger than an A.
   DL_INLINE T* waiting() const { return reinterpret_cast<T*>(z); }
-  DL_INLINE void store_rows() const {
+  DL_INLINE void store_rows(bool finite) const {
     T* p = static_cast<T*>(a.grad) + first * a.regions;
     const T* t = waiting();
     const int64_t R = a.regions;
     for (int64_t l = 0; l < n; ++l, p += R)
       for (int64_t r = 0; r < R; ++r) p[r] = t[r * W + l];
-    if (!a.mask) return;
+    if (!a.mask || finite) return;  // exponentials of -inf are 0, and so is their gradient
     p -= n * R;
     for (int64_t l = 0; l < n; ++l)
       for (int64_t r = 0; r < R; ++r)
@@ -79,9 +80,9 @@ struct Tile {
   }
 
   DL_INLINE void run() {
-    load_rows();
+    const V has_crop = load_rows();
     const int64_t R = a.regions, o = a.origin;
-    const V zero = splat<V>(0), z_0 = load(z + o * W), has_crop = load(some);
+    const V zero = splat<V>(0), z_0 = load(z + o * W);
     V best = splat<V>(-INFINITY), index = has_crop, undefined = select(z_0 == z_0, zero, z_0);  // a part's NaN, or 0
     for (int64_t r = 0; r < R; ++r) {
       if (r == o) continue;
@@ -119,7 +120,8 @@ struct Tile {
         const V dz = region_biased_softmax_grad(load(z + r * W) * inverse, here, gap, row.active);
         store(waiting() + r * W, select(row.active == 0.0f, zero, dz * g));
       }
-      store_rows();
+      const V factor = row.active * g;
+      store_rows(all(factor - factor == 0.0f));
     } else {
       two_numbers(row.active, index);
     }
@@ -163,7 +165,7 @@ void run_tiles(const RegionBiasedArgs& a, int64_t begin, int64_t end, void* scra
     if (long_rows<T>(a)) {
       LongRow<T>{a, tile, z}.run();
     } else {
-      Tile<T>{a, first, n, z, {}}.run();
+      Tile<T>{a, first, n, z}.run();
     }
   }
 }

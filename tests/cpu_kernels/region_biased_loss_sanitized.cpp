@@ -86,8 +86,8 @@ int main() {
   for (const Float type : {Float::kFloat32, Float::kFloat16, Float::kBFloat16, Float::kFloat64})
     for (const bool softmax : {false, true})
       for (const bool masked : {false, true})
-        for (const int64_t regions : {1, 2, 3, 6, 15, 16, 17, 33, 300})
-          for (const int64_t rows : {1, 2, 7, 15, 16, 17, 50})
+        for (const int64_t regions : {1, 2, 6, 15, 16, 17, 33, 140})
+          for (const int64_t rows : {1, 7, 15, 16, 17, 50})
             for (const bool with_grad : {true, false})
               loss_case(k, type, rows, regions, softmax, masked, with_grad, rows % 2 == 1);
   return finish();
