@@ -11,6 +11,7 @@
 #include "cpu/center_loss_eager.h"
 #include "cpu/focal_loss_eager.h"
 #include "cpu/group_norm_eager.h"
+#include "cpu/region_biased_loss_eager.h"
 #include "cpu/squeeze_excite_eager.h"
 #include "cpu/stochastic_depth_eager.h"
 #include "cpu/weight_norm_eager.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_group_norm(m);
+  dlkernels::bind_region_biased_loss(m);
   dlkernels::bind_squeeze_excite(m);
   dlkernels::bind_stochastic_depth(m);
   dlkernels::bind_weight_norm(m);

@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_focal_loss  # noqa: E402
 import bench_group_norm  # noqa: E402
+import bench_region_biased_loss  # noqa: E402
 import bench_squeeze_excite  # noqa: E402
 import bench_stochastic_depth  # noqa: E402
 import bench_weight_norm  # noqa: E402
@@ -36,6 +37,7 @@ import timing  # noqa: E402
 FAMILY = bench_focal_loss.FAMILY
 DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_cases, *FAMILY.traffic_cases]
 LAYERS = [bench.FAMILY for bench in (bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth)]
+REGIONS = bench_region_biased_loss.FAMILY
 GROUPS = ("cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases")
 needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -59,7 +61,7 @@ def test_cases_declare_bytes(case: harness.Case) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("family", [FAMILY, *LAYERS], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [FAMILY, REGIONS, *LAYERS], ids=lambda family: family.name)
 def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
     names = [case.name for case in getattr(family, group)]
     assert names and len(names) == len(set(names))
@@ -68,7 +70,7 @@ def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
 def test_names_are_those_of_the_committed_results() -> None:
     """A renamed case could not be compared with what was measured before."""
     for path in (BENCHMARKS / "results").glob("*/*.json"):
-        bench = {family.name: family for family in (FAMILY, *LAYERS)}.get(path.stem)
+        bench = {family.name: family for family in (FAMILY, REGIONS, *LAYERS)}.get(path.stem)
         if bench is not None and path.parent.name != "local":
             measured = {record["name"] for record in json.loads(path.read_text())["records"]}
             assert measured <= {case.name for case in bench.selected("cuda", full=True)}, path
@@ -79,6 +81,16 @@ def test_minimal_bytes_of_known_cases() -> None:
     assert FAMILY.bytes(case) == 2 * 4096 * 1000 * 4 + 4096 * 8 + 4, "logits read, gradient written, labels read, loss"
     sigmoid = harness.Case("sigmoid_focal_loss", (10, 10), torch.bfloat16, targets="float", reduction="none")
     assert FAMILY.bytes(sigmoid) == 400 + 400 + (400 + 400 + 200), "loss in fp32; backward reads all again"
+
+
+def test_minimal_bytes_of_region_biased_losses() -> None:
+    region = bench_region_biased_loss.region
+    assert REGIONS.bytes(region((10, 6), mask=True)) == 2 * 240 + 60 + 4, "weights, gradient, mask, loss"
+    assert REGIONS.bytes(region((10, 6), torch.bfloat16, "none")) == 120 + 40 + (120 + 40 + 120), "all read again"
+    for case in REGIONS.gate_cases:
+        x, *mask = harness.make_inputs(REGIONS, case, "cpu")
+        assert x.dtype == case.dtype and x.requires_grad and all(len(set(row.tolist())) == len(row) for row in x)
+        assert len(mask) == bool(case.option("mask")) and all(0 < m.float().mean() < 1 for m in mask)
 
 
 @pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)

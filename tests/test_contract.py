@@ -110,6 +110,12 @@ def drop_factors(dtype: torch.dtype, n: int) -> Tensor:
     return torch.where(torch.arange(n) % 3 == 1, 0.0, kept).to(dtype)
 
 
+def some_crops(n: int, regions: int) -> Tensor:
+    """Three of four regions take part; in every ninth row none does."""
+    rows, columns = torch.arange(n).unsqueeze(1), torch.arange(regions)
+    return ((rows + columns) % 4 != 1) & (rows % 9 != 4)
+
+
 # The ops --------------------------------------------------------------------------------------------------------------
 
 SIGMOID = ("sigmoid_focal_loss_fwd", "sigmoid_focal_loss_bwd")
@@ -118,11 +124,13 @@ STORED = ("scale_stored_grad",)
 GROUP_NORM = ("group_norm_fwd", "group_norm_bwd")
 WEIGHT_NORM = ("weight_norm_fwd", "weight_norm_bwd")
 STOCHASTIC_DEPTH = ("stochastic_depth_fwd",)
+REGION_BIASED = ("region_biased_loss_fwd", "region_biased_loss_bwd")
 SQUEEZE_EXCITE = ("squeeze_excite_fwd", "squeeze_excite_bwd")
 LAYER: dict[str, Any] = {"reduced": False, "keeps_layout": True, "higher_order": False}
 LINEAR = {"second_derivative_in_float32": "linear in all its inputs: no gradient depends on one"}
 # Arguments of layers that have a gradient beside input and grad_output. A loss's `weight` is a constant.
-PARAMETERS = ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g")
+PARAMETERS = ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g", "attention")
+PIECEWISE_LINEAR = {"second_derivative_in_float32": "piecewise linear: the gradient does not depend on the input"}
 
 OPS = [
     OpCase(
@@ -205,6 +213,26 @@ OPS = [
         lambda dtype, n: (logits(dtype, n, 7), probabilities(dtype, n, 7)),
         SOFTMAX + STORED,
         lambda: dk.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.2),
+    ),
+    OpCase(
+        "region_biased_loss/mean",
+        lambda x, m, **more: dk.region_biased_loss(
+            x, origin_index=-1, margin=0.9, normalize="softmax", mask=m.bool(), **more
+        ),
+        lambda dtype, n: (logits(dtype, n, 7), some_crops(n, 7)),
+        REGION_BIASED + STORED,
+        lambda: dk.nn.RegionBiasedLoss(-1, 0.9, "softmax"),
+        not_applicable={"empty_batch": "no torch reference to follow: the mean over no row is 0, not NaN"},
+    ),
+    OpCase(
+        "region_biased_loss/none",
+        lambda x, **more: dk.region_biased_loss(x, origin_index=2, margin=3.5, reduction="none", **more),
+        lambda dtype, n: (logits(dtype, n, 5),),
+        REGION_BIASED,
+        lambda: dk.nn.RegionBiasedLoss(2, 3.5, reduction="none"),
+        batched=(0,),
+        reduced=False,
+        not_applicable=PIECEWISE_LINEAR,
     ),
     OpCase(
         "group_norm/affine",

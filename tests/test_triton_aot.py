@@ -35,7 +35,15 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     """Representative ones: every target kind, gamma kind, tile kind and dtype at least once."""
     import triton.language as tl
 
-    from dlkernels.triton import _common, _rows, focal_loss, stochastic_depth, stored_grad, weight_norm
+    from dlkernels.triton import (
+        _common,
+        _rows,
+        focal_loss,
+        region_biased_loss,
+        stochastic_depth,
+        stored_grad,
+        weight_norm,
+    )
 
     cases: dict[str, Any] = {}
     scalars = {"normalizer_ptr": "*fp32", "divisor_ptr": "*fp32", "g_ptr": "*fp32", "loss_ptr": "*fp32"}
@@ -140,6 +148,24 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
         depth = {"VECTOR": 8, "HAS_RESIDUAL": True, "BLOCK": stochastic_depth.BLOCK, "ACC": tl.float32}
         kernel = stochastic_depth._stochastic_depth_kernel
         cases[f"stochastic depth {dtype}"] = (kernel, depth_types, depth, 4, {"ldg": 2, "stg": 1})
+
+    def region_biased(name, dtype, regions, softmax, mask, loss=2, grad=1, divisor=2, wide=("ldg", "stg")):
+        tile, width = region_biased_loss.plan(65536, regions), _rows.vector(regions)
+        types = {
+            **scalars, "x_ptr": POINTERS[dtype], "mask_ptr": "*u8", "dx_ptr": POINTERS[dtype], "margin": "fp32",
+            "origin": "i32", "n": "i32", "vectors": "i32", "stride_g": "i32",
+        }  # fmt: skip
+        del types["normalizer_ptr"]
+        constants = {
+            "VECTOR": width, "HAS_MASK": mask, "SOFTMAX": softmax, "LOSS": loss, "GRAD": grad, "DIVISOR": divisor,
+            "FOLD": True, "ROWS": tile.rows, "BLOCK_R": tile.block_r, "ACC": tl.float32,
+        }  # fmt: skip
+        kernel, widths = region_biased_loss._region_biased_loss_kernel, dict.fromkeys(wide, 1)
+        cases[f"region biased {name}"] = (kernel, types, constants, tile.num_warps, widths)
+
+    region_biased("mean float32 R=6", "float32", 6, False, False, wide=())
+    region_biased("mean bfloat16 R=6 softmax mask", "bfloat16", 6, True, True, wide=())
+    region_biased("backward float32 R=8192 softmax", "float32", 8192, True, False, loss=0, grad=2, divisor=0)
     return cases | aot_layers.specialisations() | aot_center_loss.specialisations()
 
 
@@ -199,7 +225,7 @@ def bind() -> dict[str, int]:
     driver.set_active(NoDevice())
     jit.JITFunction.run = compile_only
 
-    from dlkernels.triton import focal_loss, stochastic_depth, stored_grad, weight_norm
+    from dlkernels.triton import focal_loss, region_biased_loss, stochastic_depth, stored_grad, weight_norm
 
     for dtype, gamma, n in ((torch.float32, 1.5, 3000), (torch.float32, 0.3, 2999), (torch.float64, 2.5, 3000)):
         x, t = torch.zeros(n, 91, dtype=dtype), torch.zeros(n, dtype=torch.int64)
@@ -210,6 +236,8 @@ def bind() -> dict[str, int]:
         focal_loss.softmax_focal_loss_bwd(one.expand(n), x, x, x[0], gamma, 0.0, -100)
         stored_grad.scale_stored_grad_(one, x, one)
         stochastic_depth.stochastic_depth_fwd(x, x[:, 0], x)
+        region_biased_loss.region_biased_loss_fwd(x, x > 0, n % 91, 0.1 * gamma, True, 1, True, True)
+        region_biased_loss.region_biased_loss_bwd(one.expand(n), x, None, n % 7, gamma, False)
     for rows in (3000, 2992):
         for dtype in (torch.float32, torch.float64):
             v, g = torch.zeros(1, rows, 96, dtype=dtype), torch.zeros(rows, dtype=dtype)
@@ -258,6 +286,7 @@ def test_launchers_compile_once_per_dtype() -> None:
     # Forward and backward, times float32 and float64.
     assert binaries["_sigmoid_focal_kernel"] == binaries["softmax_focal_kernel"] == 4, binaries
     assert binaries["_stochastic_depth_kernel"] == 2 and binaries["_weight_norm_kernel"] == 4, binaries
+    assert binaries["_region_biased_loss_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.
     assert binaries["count_kernel"] == binaries["finalise_kernel"] == binaries["_scale_kernel"] == 2, binaries
     # Layers and centers: another batch size, eps or alpha compiles nothing new.

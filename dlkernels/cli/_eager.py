@@ -98,3 +98,23 @@ def cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
     return loss if normalizer is None else loss / normalizer
+
+
+def region_biased_loss(
+    attention: Tensor,
+    origin_index: int = 0,
+    margin: float = 0.02,
+    normalize: str | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The margin by which the largest weight of a crop falls short of that of the whole face, and a hinge."""
+    origin = torch.arange(attention.shape[1], device=attention.device) == origin_index % attention.shape[1]
+    if mask is not None:
+        attention = attention.masked_fill(~(mask | origin), float("-inf"))
+    mu = torch.softmax(attention, 1) if normalize == "softmax" else attention
+    best = mu.masked_fill(origin, float("-inf")).max(1).values if mu.shape[0] else mu[:, 0]
+    loss = torch.relu(margin - (best - mu[:, origin_index]))
+    if mask is not None:
+        loss = torch.where((mask & ~origin).any(1), loss, 0.0)
+    return _reduce(loss, reduction, None, None)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import dlkernels as dk
 
-from . import _eager, _layer_cases, fail, need
+from . import _eager, _layer_cases, _region_cases, fail, need
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Loss -> (default shape, does it take class indices by default)
@@ -23,6 +23,7 @@ LOSSES = {
     "sigmoid_focal_loss": ((1 << 20,), False),
     "softmax_focal_loss": ((4096, 1000), True),
     "cross_entropy": ((4096, 1000), True),
+    "region_biased_loss": ((4096, 6), False),
 }
 # Layer -> (default shape, least dimensions)
 LAYERS = {
@@ -58,6 +59,8 @@ def make_workload(args: argparse.Namespace, device: str) -> Workload:
 def _loss(args: argparse.Namespace, device: str) -> Workload:
     default, indexed = LOSSES[args.what]
     shape, dtype = args.shape or default, DTYPES[args.dtype]
+    if args.what == "region_biased_loss":
+        return _region_loss(args, shape, device)
     sigmoid = args.what.startswith("sigmoid")
     indexed = indexed if args.targets == "auto" else args.targets == "index"
     if len(shape) < 2 and (indexed or not sigmoid):
@@ -75,6 +78,19 @@ def _loss(args: argparse.Namespace, device: str) -> Workload:
     kind = "class indices" if indexed else "dense targets"
     name = f"{args.what} of {' x '.join(map(str, shape))} {args.dtype}, {kind}, reduction {args.reduction}"
     return Workload(name, *(_op_step(lambda x, f=f: f(x, target), (x,)) for f in functions))
+
+
+def _region_loss(args: argparse.Namespace, shape: tuple[int, ...], device: str) -> Workload:
+    """As the authors' code has it: the whole face last, a softmax over the regions."""
+    if len(shape) != 2:
+        fail(f"--shape must be N,R, as 4096,6, got {','.join(map(str, shape))}")
+    if args.targets != "auto":
+        fail("--targets is of classification losses: region_biased_loss has none")
+    options = {"origin_index": -1, "margin": 0.1, "normalize": "softmax", "reduction": args.reduction}
+    case = _region_cases.RegionCase(shape, options=options)
+    sample = case.sample(DTYPES[args.dtype], device, seed=0)
+    name = f"{args.what} of {case.name} {args.dtype}"
+    return Workload(name, *(_op_step(function, (sample.x,)) for function in (sample.fused, sample.eager)))
 
 
 def _layer(args: argparse.Namespace, device: str) -> Workload:

@@ -16,10 +16,12 @@ from ._cases import CASES as LOSS_CASES
 from ._cases import Case
 from ._layer_cases import CASES as LAYER_CASES
 from ._layer_cases import LayerCase
+from ._region_cases import CASES as REGION_CASES
+from ._region_cases import RegionCase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEEDS = (0, 1, 2)
-CASES: list[Case | LayerCase] = [*LOSS_CASES, *LAYER_CASES]
+CASES: list[Case | RegionCase | LayerCase] = [*LOSS_CASES, *REGION_CASES, *LAYER_CASES]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 EXAMPLES = """\
 examples:
@@ -37,7 +39,7 @@ gradients of the input and of every parameter are held to it; the table shows th
 class Result:
     """One case in one dtype: parity of the value and of its gradients, or the exception that it raised."""
 
-    case: Case | LayerCase
+    case: Case | RegionCase | LayerCase
     value: Parity = field(default_factory=Parity)
     grad: Parity = field(default_factory=Parity)
     problem: str = ""
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def run_case(case: Case | LayerCase, dtype_name: str, device: str) -> Result:
+def run_case(case: Case | RegionCase | LayerCase, dtype_name: str, device: str) -> Result:
     try:
         return Result(case, *compare(case.sample(DTYPES[dtype_name], device, seed) for seed in SEEDS))
     except Exception as error:  # a broken op must not hide the others

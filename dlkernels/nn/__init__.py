@@ -3,6 +3,7 @@
 from . import utils
 from .focal_loss import CrossEntropyLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 from .group_norm import GroupNorm
+from .region_biased_loss import RegionAttention, RegionBiasedLoss
 from .squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 from .stochastic_depth import StochasticDepth, stochastic_depth_rates
 
@@ -10,6 +11,8 @@ __all__ = [
     "CrossEntropyLoss",
     "EffectiveSqueezeExcite",
     "GroupNorm",
+    "RegionAttention",
+    "RegionBiasedLoss",
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
     "SqueezeExcite",

@@ -59,9 +59,7 @@ def center_loss(
     """
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
-        loss = fast.center_loss(
-            features, labels, centers, None, False, reduction, ignore_index, higher_order, None
-        )
+        loss = fast.center_loss(features, labels, centers, None, False, reduction, ignore_index, higher_order, None)
         if loss is not None:
             return loss
     return _center_loss(features, labels, centers, None, False, reduction, ignore_index, higher_order)
@@ -301,9 +299,7 @@ def loss_and_update(
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
         update = (alpha, ema, island_weight)
-        loss = fast.center_loss(
-            features, labels, centers, attention, logits, reduction, ignore_index, False, update
-        )
+        loss = fast.center_loss(features, labels, centers, attention, logits, reduction, ignore_index, False, update)
         if loss is not None:
             return loss
     if attention is not None:

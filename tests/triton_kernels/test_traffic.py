@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels._traffic import eager_traffic, interpreter_traffic
-from dlkernels.triton import center_loss, focal_loss, group_norm, squeeze_excite, stored_grad
+from dlkernels.triton import center_loss, focal_loss, group_norm, region_biased_loss, squeeze_excite, stored_grad
 
 MEAN = 1
 
@@ -246,6 +246,32 @@ def test_island_reads_the_centers_once() -> None:
     with interpreter_traffic(c=c) as update:
         center_loss.update_centers_(c, x, y, None, False, 0.5, False, 1.0, -100)
     assert update.by_tensor["c"] == [2 * one + x.numel() * 4, one]
+
+
+@pytest.mark.parametrize("softmax", (False, True))
+def test_region_biased_loss_moves_two_passes_and_the_mask(softmax: bool) -> None:
+    """Read x where it takes part, and the mask; write dx; the backward pass with a factor of 1 reads two numbers."""
+    x, mask = torch.randn(500, 6), torch.rand(500, 6) < 0.5
+    mask[:, 0] = True
+    options = (0, 0.3, softmax, MEAN, True, True)
+    with interpreter_traffic(x=x, mask=mask) as traffic:
+        _, grad, _ = region_biased_loss.region_biased_loss_fwd(x, mask, *options)
+        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+    kept = int(mask.sum())
+    assert traffic.by_tensor == {"x": [4 * kept, 0], "mask": [mask.numel(), 0]}
+    least = 4 * kept + mask.numel() + 4 * x.numel()
+    assert least <= traffic.total <= 1.05 * least
+
+    with interpreter_traffic(x=x) as traffic:
+        region_biased_loss.region_biased_loss_fwd(x, None, *options)
+    assert traffic.by_tensor["x"] == [4 * x.numel(), 0]
+    z = x.detach().requires_grad_()
+    with eager_traffic() as eager:
+        mu = z.softmax(1) if softmax else z
+        (0.3 - (mu[:, 1:].amax(1) - mu[:, 0])).clamp(min=0).mean().backward()
+    report(f"region biased loss, softmax {softmax}", traffic.total, 8 * x.numel(), eager.total)
+    assert 8 * x.numel() <= traffic.total <= 1.05 * 8 * x.numel()
+    assert eager.total > 3 * traffic.total
 
 
 def test_eager_traffic_counts_operands_once() -> None:
