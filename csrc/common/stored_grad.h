@@ -19,5 +19,8 @@ at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tenso
 constexpr const char* kStoredGradUsed =
     "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
     "retain_graph=True for the first pass if a second one is needed.";
+constexpr const char* kInputDropped =
+    "this loss kept its gradient but not its input: pass higher_order=True (the default) to the loss to keep its input "
+    "for second derivatives";
 
 }  // namespace dlkernels

@@ -1,15 +1,9 @@
 // A light autograd node of a loss whose forward pass wrote its gradient.
 #pragma once
 
-#include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/graph_task.h>
-
-#include <cmath>
-#include <string>
-
 #include "eager.h"
-#include "host.h"
 #include "node.h"
+#include "stored_grad.h"
 
 namespace dlkernels {
 
@@ -31,25 +25,11 @@ class StoredGradNode : public LightNode<N> {
  protected:
   // stored * grad_output: in place when the graph is freed after this pass, nothing at all when the factor is 1; a copy
   // when the graph is kept. float16 was stored undivided.
-  at::Tensor take(const at::Tensor& grad_output) {
-    const bool kept = torch::autograd::get_current_graph_task_keep_graph();
-    at::Tensor grad;
-    {
-      const std::lock_guard<std::mutex> lock(this->mutex_);
-      grad = kept ? stored : std::exchange(stored, at::Tensor());
-    }
-    TORCH_CHECK(grad.defined(),
-                "Trying to backward through the graph a second time: the stored gradient has been used. Specify "
-                "retain_graph=True for the first pass if a second one is needed.");
-    const double by = grad.scalar_type() == at::kHalf ? divisor : 1.0;
-    if (!plain_eager() || !plain_cpu(grad_output)) return grad.mul(grad_output.div(by));  // batched gradients
-    const double scale =
-        *value_of(grad_output.scalar_type() == at::kDouble ? grad_output : grad_output.to(at::kFloat)) / by;
-    // As a tensor: a plain number would be rounded to the gradient's dtype first.
-    const at::Tensor factor = at::scalar_tensor(scale, at::TensorOptions().dtype(at::kDouble));
-    if (!std::isfinite(scale)) return grad.mul(factor).masked_fill_(grad.eq(0), 0);  // zeros stay zeros
-    if (kept) return grad.mul(factor);
-    return scale == 1.0 ? grad : grad.mul_(factor);
+  at::Tensor take(const at::Tensor& grad_output) { return take(stored, grad_output); }
+  at::Tensor take(at::Tensor& from, const at::Tensor& grad_output) {
+    const std::lock_guard<std::mutex> lock(this->mutex_);
+    TORCH_CHECK(from.defined(), kStoredGradUsed);
+    return scale_stored_grad(from, from.scalar_type() == at::kHalf ? divisor : 1.0, grad_output);
   }
 
   // For second derivatives: the gradient of the reduced loss as one of every row, differentiable.
@@ -57,11 +37,7 @@ class StoredGradNode : public LightNode<N> {
     return stores ? grad_output.div(divisor).expand({rows}) : grad_output;
   }
 
-  void check_kept() const {
-    TORCH_CHECK(!dropped,
-                "this loss kept its gradient but not its input: pass higher_order=True (the default) to the loss to "
-                "keep its input for second derivatives");
-  }
+  void check_kept() const { TORCH_CHECK(!dropped, kInputDropped); }
 };
 
 }  // namespace dlkernels

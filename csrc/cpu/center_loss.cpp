@@ -57,7 +57,7 @@ struct CenterProblem {
     args.logits = in.logits;
     args.n = in.features.size(0), args.k = in.centers.size(0), args.d = in.features.size(1);
     args.ignore_index = in.ignore_index;
-    args.grad_scale = 1.0;
+    args.grad_scale = args.attention_scale = 1.0;
     item_size = args.dtype == Float::kFloat64 ? 8 : 4;
     const auto count = [&](const auto* y) { return count_labels(y, args.n, args.k, in.ignore_index); };
     const LabelCount found = with_labels(in.labels, count);
@@ -222,7 +222,9 @@ CenterLossResult center_loss_forward(const CenterLossInputs& in, int64_t reducti
     result.dattention = empty_or_undefined(in.attention);
     problem.write_grads_to(result.dx, result.dattention);
     // float16 keeps its stored gradient undivided: 1 / N would underflow before a loss scale can help.
-    problem.args.grad_scale = in.features.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor;
+    const auto scale = [&](const at::Tensor& t) { return t.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor; };
+    problem.args.grad_scale = scale(in.features);
+    problem.args.attention_scale = in.attention.defined() ? scale(in.attention) : 1.0;
   }
   update ? run_update(problem, in, *update) : problem.run_blocks();
   if (reduction != kNone) result.loss = scalar(problem.loss_sum() / divisor, in.features);

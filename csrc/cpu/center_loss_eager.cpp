@@ -8,8 +8,7 @@
 
 #include "../common/eager.h"
 #include "../common/host.h"
-#include "../common/node.h"
-#include "../common/stored_grad.h"
+#include "../common/stored_node.h"
 #include "center_loss.h"
 
 namespace py = pybind11;
@@ -21,37 +20,35 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kNone = 0;
 
-// Keeps the gradients in features and attention, or what they are made from, or both.
-struct CenterLossNode : LightNode<4> {
-  at::Tensor dx, dattention;
+// Keeps the gradients in features (`stored`) and attention, or what they are made from, or both.
+struct CenterLossNode : StoredGradNode<4> {
+  at::Tensor stored_attention;
   int64_t reduction = kNone, ignore_index = 0;
-  double divisor = 1;
-  bool logits = false, stores = false, keeps = true;
+  bool logits = false;
 
   std::string name() const override { return "CenterLossBackward"; }
 
   void release_variables() override {
-    LightNode<4>::release_variables();
-    dx.reset(), dattention.reset();
+    StoredGradNode<4>::release_variables();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stored_attention.reset();
   }
 
-  at::Tensor take(at::Tensor& stored, const at::Tensor& grad_output) const {
-    if (!stored.defined()) return {};
-    if (reduction == kNone) return stored.mul(grad_output.unsqueeze(1)).to(stored.scalar_type());
-    return scale_stored_grad(stored, stored.scalar_type() == at::kHalf ? divisor : 1.0, grad_output);
+  // With "none" what is stored are the gradients of each row's own loss.
+  at::Tensor use(at::Tensor& from, const at::Tensor& grad_output) {
+    if (reduction != kNone) return take(from, grad_output);
+    TORCH_CHECK(from.defined(), kStoredGradUsed);
+    return from.mul(grad_output.unsqueeze(1)).to(from.scalar_type());
   }
 
   variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::center_loss_bwd", c10::ArrayRef<const c10::IValue>{});
     if (!grads[0].defined()) return {{}, {}, {}};
     if (stores && !at::GradMode::is_enabled()) {
-      TORCH_CHECK(dx.defined(), kStoredGradUsed);
-      at::Tensor in_features = take(dx, grads[0]);
-      return {in_features, {}, take(dattention, grads[0])};
+      at::Tensor in_attention = stored_attention.defined() ? use(stored_attention, grads[0]) : at::Tensor();
+      return {use(stored, grads[0]), {}, in_attention};
     }
-    TORCH_CHECK(keeps,
-                "this loss kept its gradient but not its input: pass higher_order=True (the default) to the "
-                "loss to keep its input for second derivatives");
+    check_kept();
     const auto [features, labels, centers, attention] = unpack();
     const bool need_centers = task_should_compute_output(1);
     const at::Tensor g = reduction == kNone ? grads[0] : grads[0].div(divisor).expand(labels.sizes());
@@ -118,11 +115,11 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
     node->divisor = result.divisor;
     node->logits = logits;
     node->stores = stores;
-    node->keeps = !stores || higher_object.ptr() == Py_True;
-    node->dx = std::move(result.dx);
-    node->dattention = std::move(result.dattention);
+    node->dropped = stores && higher_object.ptr() != Py_True;
+    node->stored = std::move(result.dx);
+    node->stored_attention = std::move(result.dattention);
     using Kept = std::array<at::Tensor, 4>;
-    const Kept kept = node->keeps ? Kept{features, labels, centers, attention} : Kept{};
+    const Kept kept = node->dropped ? Kept{} : Kept{features, labels, centers, attention};
     return CenterLossNode::attach(std::move(node), result.loss, kept, features, centers, attention);
   });
 }

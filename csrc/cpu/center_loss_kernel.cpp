@@ -31,9 +31,9 @@ struct CenterRows {
     return a.narrow ? static_cast<const int32_t*>(a.labels)[row] : static_cast<const int64_t*>(a.labels)[row];
   }
   bool counts(int64_t y) const { return y >= 0 && y != a.ignore_index && y < a.k; }
-  double scale(int64_t row) const {
-    if (a.grad_output == nullptr) return a.grad_scale;
-    return a.grad_scale * static_cast<double>(static_cast<const A*>(a.grad_output)[row * a.grad_output_step]);
+  double grad_output(int64_t row) const {
+    if (a.grad_output == nullptr) return 1.0;
+    return static_cast<double>(static_cast<const A*>(a.grad_output)[row * a.grad_output_step]);
   }
 
   template <bool kStream, class To, class Wh>
@@ -50,15 +50,16 @@ struct CenterRows {
     const TA* as[R];
     T* dxs[R];
     TA* das[R];
-    V by[R], weight[R], total[R];
+    V by[R], attention_by[R], weight[R], total[R];
     for (int r = 0; r < R; ++r) {
       const int64_t at = i[r] * a.d;
       xs[r] = x + at;
       as[r] = W == Weigh::kNone ? nullptr : attention + at;
       dxs[r] = dx ? dx + at : nullptr;
       das[r] = W != Weigh::kNone && dattention ? dattention + at : nullptr;
-      const double g = scale(i[r]);
-      by[r] = splat<V>(g);
+      const double g = grad_output(i[r]);
+      by[r] = splat<V>(g * a.grad_scale);
+      attention_by[r] = splat<V>(g * a.attention_scale);
       weight[r] = splat<V>(a.mode == CenterSums::kGradient ? g : 1.0);
       total[r] = V{};
     }
@@ -72,12 +73,12 @@ struct CenterRows {
         V pull = difference;
         if constexpr (W == Weigh::kAttention) {
           pull = center_loss_dx(difference, load_as(whole, as[r] + j, left));
-          if (gradients) write<kStream>(whole, das[r] + j, center_loss_dattention(difference) * by[r], left);
+          if (gradients) write<kStream>(whole, das[r] + j, center_loss_dattention(difference) * attention_by[r], left);
         } else if constexpr (W == Weigh::kLogits) {
           const auto s = sigmoid_and_rest(load_as(whole, as[r] + j, left));
           pull = center_loss_dx(difference, s.value);
           if (gradients)
-            write<kStream>(whole, das[r] + j, center_loss_dlogit(difference, s.value, s.rest) * by[r], left);
+            write<kStream>(whole, das[r] + j, center_loss_dlogit(difference, s.value, s.rest) * attention_by[r], left);
         }
         total[r] += pull * difference;
         if (gradients) write<kStream>(whole, dxs[r] + j, pull * by[r], left);

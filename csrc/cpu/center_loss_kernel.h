@@ -30,14 +30,14 @@ struct CenterLossArgs {
   const void* attention;  // [n, d], or nullptr
   bool narrow, logits;
   int64_t n, k, d, ignore_index;
-  void* loss;                // [n] float (double), or nullptr
-  double* partial;           // where loss is nullptr: sums of the losses, of each block or piece; or nullptr
-  void* dx;                  // [n, d], or nullptr
-  void* dattention;          // [n, d], or nullptr
-  const void* grad_output;   // [n] float (double), or nullptr: then grad_scale alone
-  int64_t grad_output_step;  // 1, or 0 for one value
-  double grad_scale;
-  bool stream;  // write dx and dattention past the caches
+  void* loss;                          // [n] float (double), or nullptr
+  double* partial;                     // where loss is nullptr: sums of the losses, of each block or piece; or nullptr
+  void* dx;                            // [n, d], or nullptr
+  void* dattention;                    // [n, d], or nullptr
+  const void* grad_output;             // [n] float (double), or nullptr: then grad_scale alone
+  int64_t grad_output_step;            // 1, or 0 for one value
+  double grad_scale, attention_scale;  // of dx and of dattention
+  bool stream;                         // write dx and dattention past the caches
   // By class:
   CenterSums mode;
   const int32_t* order;        // [n] rows, by class

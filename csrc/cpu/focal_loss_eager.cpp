@@ -24,10 +24,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kDropped =
-    "this loss kept its gradient but not its input: pass higher_order=True (the default) to the loss to keep its input "
-    "for second derivatives";
-
 std::optional<int64_t> reduction_code(PyObject* object) {
   if (!PyUnicode_CheckExact(object)) return std::nullopt;
   if (PyUnicode_CompareWithASCIIString(object, "mean") == 0) return kMean;
@@ -92,7 +88,7 @@ struct SigmoidNode : torch::autograd::Function<SigmoidNode> {
     const variable_list saved = ctx->get_saved_variables();
     const bool stores = ctx->saved_data["stores"].toBool();
     if (stores && !at::GradMode::is_enabled()) return {take_stored_grad(ctx, grads[0]), {}, {}, {}};
-    TORCH_CHECK(!saved.empty(), kDropped);
+    TORCH_CHECK(!saved.empty(), kInputDropped);
     const SigmoidOptions o{ctx->saved_data["alpha"].toDouble(), ctx->saved_data["gamma"].toDouble(),
                            ctx->saved_data["ignore_index"].toInt()};
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
@@ -129,7 +125,7 @@ struct SoftmaxNode : torch::autograd::Function<SoftmaxNode> {
     const variable_list saved = ctx->get_saved_variables();
     const bool stores = ctx->saved_data["stores"].toBool();
     if (stores && !at::GradMode::is_enabled()) return {take_stored_grad(ctx, grads[0]), {}, {}, {}, {}};
-    TORCH_CHECK(!saved.empty(), kDropped);
+    TORCH_CHECK(!saved.empty(), kInputDropped);
     const SoftmaxOptions o{ctx->saved_data["gamma"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(),
                            ctx->saved_data["ignore_index"].toInt(), false};
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))

@@ -77,7 +77,7 @@ void center_case(const CenterLossKernels& k, const Setting& s, CenterSums mode) 
   args.narrow = sizeof(I) == 4, args.logits = s.weigh == kLogits;
   args.n = s.n, args.k = s.k, args.d = s.d, args.ignore_index = ignore;
   args.loss = loss.data(), args.dx = dx.data(), args.dattention = weighs ? da.data() : nullptr;
-  args.grad_scale = 0.5;
+  args.grad_scale = 0.5, args.attention_scale = 0.25;
   args.grad_output = g.data(), args.grad_output_step = 1;
   args.stream = s.past_caches;
   args.mode = mode;
@@ -111,9 +111,9 @@ void center_case(const CenterLossKernels& k, const Setting& s, CenterSums mode) 
       total += 0.5 * weight * difference * difference;
       close(dx, at, weight * difference * by, std::fabs(by) * 4, "dx");
       const double slope = s.weigh == kLogits ? weight * (1 - weight) : 1;
-      if (weighs) close(da, at, 0.5 * difference * difference * by * slope, std::fabs(by) * 8, "dattention");
+      if (weighs) close(da, at, 0.25 * difference * difference * by * slope, std::fabs(by) * 8, "dattention");
       if (!counted) continue;
-      const double pull = weight * difference * (mode == CenterSums::kGradient ? by : 1);
+      const double pull = weight * difference * (mode == CenterSums::kGradient ? g.get(i) : 1);
       pulls[of] += pull, sizes[of] += std::fabs(pull) + 4;
     }
     close(loss, i, total, static_cast<double>(s.d), "loss");
@@ -142,7 +142,7 @@ void range_case(const CenterLossKernels& k, Float type, int64_t d) {
   CenterLossArgs args{};
   args.dtype = args.center_dtype = args.attention_dtype = type;
   args.features = x.data(), args.labels = y.data(), args.centers = c.data(), args.attention = a.data();
-  args.n = n, args.k = 1, args.d = d, args.ignore_index = -100, args.grad_scale = 1;
+  args.n = n, args.k = 1, args.d = d, args.ignore_index = -100, args.grad_scale = args.attention_scale = 1;
   for (const double bad : {-0.5, 1.5})
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < d; ++j) {

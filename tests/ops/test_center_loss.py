@@ -196,6 +196,20 @@ def test_matches_the_formula(case: Case, dtypes: Any, backend: str, device: torc
                 assert_within_budget(a, e, t, scalar=what == "loss" and reduction != "none", what=name)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_float32_attention(dtype: torch.dtype, reduction: str, backend: str, device: torch.device) -> None:
+    """Beside half-precision features; each gradient in its own dtype, with the forward and the backward operator."""
+    s = draw(CASES[2], (dtype, torch.float32), device)
+    s = s._replace(a=s.a.float())
+    for wanted, weigh in itertools.product(("xa", "xca"), ("attention", "logits")):
+        actual = everything(fused, s, weigh, reduction, wanted)
+        exact = everything(plain, s.double(), weigh, reduction, wanted)
+        for name, a, e in zip(("loss", *wanted), actual, exact, strict=True):
+            assert_within_budget(a, e, None, scalar=name == "loss" and reduction == "mean", what=f"{name} {weigh}")
+        assert [t.dtype for t in actual[1:]] == [torch.float32 if w != "x" else dtype for w in wanted]
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_update_is_the_papers(case: Case, dtypes: Any, backend: str, device: torch.device) -> None:
