@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops import center_loss as ops
 from ..ops._center_checks import is_sharded
+from ..ops.center_loss import (
+    IslandParts,
+    center_loss,
+    detached_loss,
+    island_loss,
+    island_pairs,
+    loss_and_update,
+    sparse_center_loss,
+    update_centers_,
+    with_pairs,
+)
 
 UPDATES = {"alpha": 0, "ema": 1, "grad": 2}
 WHEN = {"forward": 0, "backward": 1}
@@ -159,7 +169,7 @@ class _CenterModule(nn.Module):
         return self.training and self.update != "grad"
 
     def _update(self, features: Tensor, labels: Tensor, attention: Tensor | None) -> None:
-        ops.update_centers_(
+        update_centers_(
             self.centers, features, labels, self.alpha, attention=attention, island_weight=self._island_weight,
             ignore_index=self.ignore_index, process_group=self.process_group, ema=self.update == "ema",
             attention_logits=self._logits,
@@ -169,14 +179,14 @@ class _CenterModule(nn.Module):
         given = (features, labels, self.centers, attention, self._logits, self.reduction, self.ignore_index)
         if self.update_in == "forward":
             rule = (self.alpha, self.update == "ema", self._island_weight)
-            return ops.loss_and_update(*given, *rule, self.process_group)
-        loss = ops.detached_loss(*given)
+            return loss_and_update(*given, *rule, self.process_group)
+        loss = detached_loss(*given)
         attention = None if attention is None else attention.detach()
         return _UpdateInBackward.apply(loss, self._update, features.detach(), labels, attention)
 
     def init_centers_(self, features: Tensor, labels: Tensor) -> None:
         """Put the centers of the classes that are present at the mean of their features: (N, D), (N,)."""
-        ops.update_centers_(
+        update_centers_(
             self.centers, features, labels, 1.0, ema=True, ignore_index=self.ignore_index,
             process_group=self.process_group,
         )  # fmt: skip
@@ -251,7 +261,7 @@ class CenterLoss(_CenterModule):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         if self._moves:
             return self._loss_and_update(features, labels)
-        return ops.center_loss(
+        return center_loss(
             features, labels, self.centers, reduction=self.reduction, ignore_index=self.ignore_index
         )  # fmt: skip
 
@@ -301,15 +311,15 @@ class IslandLoss(_CenterModule):
     def _island_weight(self) -> float:
         return self.island_weight
 
-    def forward(self, features: Tensor, labels: Tensor, return_parts: bool = False) -> Tensor | ops.IslandParts:
+    def forward(self, features: Tensor, labels: Tensor, return_parts: bool = False) -> Tensor | IslandParts:
         if not self._moves:
-            return ops.island_loss(
+            return island_loss(
                 features, labels, self.centers, self.island_weight,
                 reduction=self.reduction, ignore_index=self.ignore_index, return_parts=return_parts,
             )  # fmt: skip
-        pairs = ops.island_pairs(self.centers)
+        pairs = island_pairs(self.centers)
         center = self._loss_and_update(features, labels)
-        parts = ops.with_pairs(center, pairs, self.island_weight, labels, self.reduction, self.ignore_index)
+        parts = with_pairs(center, pairs, self.island_weight, labels, self.reduction, self.ignore_index)
         return parts if return_parts else parts.loss
 
     def update_centers_(self, features: Tensor, labels: Tensor) -> None:
@@ -359,7 +369,7 @@ class SparseCenterLoss(_CenterModule):
     def forward(self, features: Tensor, labels: Tensor, attention: Tensor) -> Tensor:
         if self._moves:
             return self._loss_and_update(features, labels, attention)
-        return ops.sparse_center_loss(
+        return sparse_center_loss(
             features, labels, self.centers, attention, reduction=self.reduction,
             ignore_index=self.ignore_index, attention_logits=self.attention_logits,
         )  # fmt: skip
