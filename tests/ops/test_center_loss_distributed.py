@@ -1,6 +1,6 @@
 """Centers on several processes: replicas over a group, and shards by class over a mesh (gloo, localhost).
 
-Four processes are started once and run every check below, on each backend; a test looks up what became of its check.
+Four processes are started once for a backend and run every check below.
 Each rank holds the whole problem too, so that it compares with what one process makes of the rows of all.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -24,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.testing import assert_bitwise
 
 WORLD = 4
@@ -32,7 +32,8 @@ D = 6
 CHECKS: dict[str, Callable[[], None]] = {}
 
 pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed with gloo"
+    not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")),
+    reason="this torch has no torch.distributed with gloo, or this system no fork",
 )
 
 
@@ -145,7 +146,7 @@ def replicas_move_as_one_process_does() -> None:
     for world, group, rank in worlds():
         for gather, k in ((False, 5), (True, 5), (True, 40)):
             for name, options in RULES.items():
-                for dtype in (torch.float64, torch.float32) if name != "alpha" else TOLERANCE:
+                for dtype in (torch.float64,) if name != "alpha" else TOLERANCE:
                     ours, one = centers_of(k, dtype), centers_of(k, dtype)
                     with gathering(gather):
                         for step in range(3):
@@ -169,16 +170,20 @@ def dividing_before_the_sum_is_noticed() -> None:
 
 @check
 def many_classes_send_rows_only() -> None:
-    """K = 600 000 classes: what goes round is the size of the batch."""
+    """More classes than rows: what goes round is the size of the batch, in three messages."""
     sent: list[int] = []
     from dlkernels.ops import _distributed_centers as module
 
     gather, reduce = module._all_gather, dist.all_reduce
     record = mock.Mock(side_effect=lambda out, x, group: (sent.append(out.numel()), gather(out, x, group=group)))
     summed = mock.Mock(side_effect=lambda x, group: (sent.append(x.numel()), reduce(x, group=group)))
-    every = parts(600_000, WORLD, torch.float32)
-    c = centers_of(600_000, torch.float32)
-    with mock.patch.object(module, "_all_gather", record), mock.patch.object(dist, "all_reduce", summed):
+    every = parts(4000, WORLD, torch.float32)
+    c = centers_of(4000, torch.float32)
+    with (
+        gathering(True),
+        mock.patch.object(module, "_all_gather", record),
+        mock.patch.object(dist, "all_reduce", summed),
+    ):
         update(c, every[dist.get_rank()], process_group=dist.group.WORLD)
     assert max(sent) <= WORLD * max(SIZES[WORLD]) * D and len(sent) == 3, sent
     equal_on_all_ranks(c[joined(every).y.clamp(min=0)], dist.group.WORLD)
@@ -274,9 +279,9 @@ def shards_give_the_unsharded_loss_and_gradients() -> None:
         for k in (5, 3):
             for name, loss in LOSSES.items():
                 for reduction in ("none", "mean", "sum"):
-                    for dtype in (torch.float64, torch.float32):
-                        for trained in (False, True):
-                            compare_gradients(loss, reduction, k, world, rank, dtype, trained, f"{name} {reduction}")
+                    dtype = torch.float32 if reduction == "mean" else torch.float64
+                    for trained in (False, True):
+                        compare_gradients(loss, reduction, k, world, rank, dtype, trained, f"{name} {reduction}")
 
 
 def compare_gradients(
@@ -353,7 +358,7 @@ def shards_move_as_the_whole_does() -> None:
     for world, _, rank in worlds():
         for k in (5, 3, 1):
             for name, options in RULES.items():
-                for dtype in (torch.float64, torch.float32) if name != "alpha" else TOLERANCE:
+                for dtype in (torch.float64,) if name != "alpha" else TOLERANCE:
                     shards, one = sharded(centers_of(k, dtype), world), centers_of(k, dtype)
                     for step in range(3):
                         every = parts(k, world, dtype, step)
@@ -478,74 +483,67 @@ def dk_pairs(b: Part) -> Callable[[Tensor], Any]:
 # The processes --------------------------------------------------------------------------------------------------------
 
 
-def backends() -> list[str]:
-    return ["reference", *(["cpp"] if not _backend._why_not("cpp", "cpu") else [])]
-
-
-def main(rank: int, folder: Path) -> None:
-    """Run every check on every backend; stop at the first failure, after which the ranks may be apart."""
+def rank_main(backend: str, rank: int, folder: Path) -> None:
+    """Run every check; stop at the first failure, after which the ranks may be apart."""
     global PAIR
     from torch.distributed.device_mesh import DeviceMesh
 
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=20)
+    limit = timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=limit)
     PAIR = dist.new_group([0, 1], timeout=limit)
     if rank < 2:
         MESHES[2] = DeviceMesh.from_group(PAIR, "cpu")
     MESHES[WORLD] = DeviceMesh.from_group(dist.group.WORLD, "cpu")
-    results = {}
-    for backend in backends():
-        for name, run in CHECKS.items():
+    said = (folder / f"rank{rank}").open("w")
+    for name, run in CHECKS.items():
+        try:
+            with dk.backend(backend):
+                run()
+                dist.barrier()
+        except BaseException:
+            print(name, "failed\n", traceback.format_exc(), file=said, flush=True)
+            os._exit(1)  # its peers' collectives fail at once
+        print(name, "passed", file=said, flush=True)
+    dist.barrier()
+
+
+def main(backend: str, folder: Path) -> None:
+    """Import once, then fork: four imports of torch take longer than all checks."""
+    import torch._dynamo
+    import torch.distributed.tensor
+
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(WORLD):
+        if not (child := os.fork()):
             try:
-                with dk.backend(backend):
-                    run()
-                    dist.barrier()
-                results[backend, name] = ""
-            except BaseException:
-                results[backend, name] = traceback.format_exc()
-                torch.save(results, folder / f"{rank}.pt")
-                os._exit(1)  # its peers' collectives fail at once
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+                rank_main(backend, rank, folder)
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[tuple[str, str], str]]:
-    folder = tmp_path_factory.mktemp("ranks")
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))])
+def test_on_four_processes(backend: str, tmp_path: Path) -> None:
+    """Every check passes on every rank, within a time that a hang exceeds."""
     root = Path(dk.__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(rank), str(folder)],
-            env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    said = {}
+    command = [sys.executable, "-W", "ignore", __file__, backend, str(tmp_path)]
+    started = subprocess.Popen(
+        command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        for rank, process in enumerate(started):
-            said[rank] = process.communicate(timeout=240)[0]
+        printed = started.communicate(timeout=200)[0]
     finally:
-        for process in started:
-            process.kill()
-    found = {}
-    for rank in range(WORLD):
-        file = folder / f"{rank}.pt"
-        assert file.exists(), f"rank {rank} left nothing behind: {said[rank][-2000:]}"
-        found[rank] = torch.load(file)
-    return found
-
-
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_four_processes(name: str, backend: str, results: dict[int, dict[tuple[str, str], str]]) -> None:
-    said = {rank: of_rank.get((backend, name), "did not get here") for rank, of_rank in results.items()}
-    assert not any(said.values()), "\n".join(f"rank {rank}: {text}" for rank, text in said.items())
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    files = [tmp_path / f"rank{rank}" for rank in range(WORLD)]
+    said = [file.read_text() if file.exists() else printed[-2000:] for file in files]
+    expected = "".join(f"{name} passed\n" for name in CHECKS)
+    assert said == [expected] * WORLD, "\n".join(text.removeprefix(expected)[-3000:] for text in said)
 
 
 def test_without_torch_distributed() -> None:
@@ -566,4 +564,4 @@ def test_without_torch_distributed() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))
