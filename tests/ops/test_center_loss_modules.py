@@ -133,7 +133,7 @@ def ema(b: Batch, c: Tensor, alpha: float = 0.5) -> Step:
     return caffe_face(b, c)._replace(centers=moved)
 
 
-def dacl(b: Batch, c: Tensor, alpha: float = 0.5) -> Step:
+def dacl(b: Batch, c: Tensor, alpha: float = 0.5, *, weigh: bool = True) -> Step:
     """1/(2N) sum A (x - c)^2; the centers' difference is A (c - x) over 1 + n_j."""
     loss, dx, moved, n = torch.zeros_like(c[0, 0]), torch.zeros_like(b.x), c.clone(), len(rows_of(b.y))
     for i in rows_of(b.y):
@@ -141,7 +141,8 @@ def dacl(b: Batch, c: Tensor, alpha: float = 0.5) -> Step:
         for d in range(D):
             loss = loss + b.a[i, d] * difference[d] ** 2 / (2 * n)
             dx[i, d] = b.a[i, d] * difference[d] / n
-        moved[b.y[i]] += alpha * b.a[i] * difference / (1 + len(rows_of(b.y, int(b.y[i]))))
+        pull = b.a[i] * difference if weigh else difference
+        moved[b.y[i]] += alpha * pull / (1 + len(rows_of(b.y, int(b.y[i]))))
     return Step(loss, dx, moved)
 
 
@@ -152,7 +153,7 @@ def pairs_of(c: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def island(b: Batch, c: Tensor, alpha: float = 0.5, weight: float = 10.0) -> Step:
+def island(b: Batch, c: Tensor, alpha: float = 0.5, weight: float = 10.0, *, more: int = 0, over: int = K - 1) -> Step:
     """Cai et al., eq. 3 and 6: center loss over N, and a double loop over the pairs."""
     loss, dx, moved = caffe_face(b, c, alpha)
     moved = moved.clone()
@@ -161,8 +162,8 @@ def island(b: Batch, c: Tensor, alpha: float = 0.5, weight: float = 10.0) -> Ste
             if k != j:
                 nj, nk = c[j].norm(), c[k].norm()
                 apart = c[k] / (nk * nj) - c[k].dot(c[j]) / (nk * nj**3) * c[j]
-                moved[j] -= alpha * weight / (K - 1) * apart
-    return Step(loss + weight * pairs_of(c), dx, moved)
+                moved[j] -= alpha * weight / over * apart
+    return Step(loss + weight * (pairs_of(c) + more), dx, moved)
 
 
 # The module, the loop, and what the published loss is of ours.
@@ -213,11 +214,37 @@ def test_published_rules(name: str, backend: str, device: torch.device) -> None:
     follows(make().double(), loop, times, 0.003)  # the weight of the loss does not enter the update
 
 
-@pytest.mark.parametrize("flip", [{"one": 0.0}, {"half": 1.0}, {"new": True}, {"alpha": 0.5 * 0.003}], ids=str)
-def test_a_changed_rule_is_noticed(flip: dict[str, Any]) -> None:
-    """n for 1 + n, no 1/2, the loss of the new centers, the loss's weight in the update."""
-    with dk.backend("reference"), pytest.raises(AssertionError, match=r"loss of|gradient of|centers after"):
-        follows(CenterLoss(K, D, reduction="sum").double(), wen, 1.0, 0.003, **flip)
+FLIPS: list[tuple[str, str, dict[str, Any]]] = [
+    ("n for 1 + n", "wen", {"one": 0.0}),
+    ("no 1/2", "wen", {"half": 1.0}),
+    ("the loss of the new centers", "wen", {"new": True}),
+    ("the loss's weight in the update", "wen", {"alpha": 0.5 * 0.003}),
+    ("an update without the attention", "dacl", {"weigh": False}),
+    ("K more pairs", "island", {"more": K}),
+    ("the exact gradient for the paper's term", "island", {"over": 0.5}),
+    ("1 + n for n", "ema", {"rule": caffe_face}),
+]
+
+
+@pytest.mark.parametrize(("what", "name", "flip"), FLIPS, ids=[what for what, _, _ in FLIPS])
+def test_a_changed_rule_is_noticed(what: str, name: str, flip: dict[str, Any]) -> None:
+    make, loop, times = CONVENTIONS[name]
+    flip = dict(flip)
+    loop = flip.pop("rule", loop)
+    with dk.backend("reference"):
+        follows(make().double(), CONVENTIONS[name][1], times, 0.003)
+        with pytest.raises(AssertionError, match=r"loss of|gradient of|centers after"):
+            follows(make().double(), loop, times, 0.003, **flip)
+
+
+def test_an_update_in_eval_is_noticed() -> None:
+    """And a missing one while training."""
+    with dk.backend("reference"):
+        with pytest.raises(AssertionError, match="centers after step 0"):
+            follows(CenterLoss(K, D).double().eval(), caffe_face)
+        with pytest.raises(AssertionError, match="centers after step 0"):
+            follows(CenterLoss(K, D).double(), lambda b, c: caffe_face(b, c)._replace(centers=c))
+        follows(CenterLoss(K, D).double().eval(), lambda b, c: caffe_face(b, c)._replace(centers=c))
 
 
 def test_published_island_values(backend: str, device: torch.device) -> None:
