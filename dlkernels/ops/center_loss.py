@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import _backend, _checks
 from .._library import has_tangent, is_compiling, transforms_active, wants_grad
 from ..reference import center_loss as reference
+from ._center_checks import attention_of, check_arguments, check_labels, is_sharded, prepared
 from ._center_loss import CenterLoss, IslandPairs
-from ._center_loss import update_centers_ as update_in_place
+from ._center_updates import update_anywhere_
 from ._reduced import MEAN, NONE, SUM
 
 if TYPE_CHECKING:
@@ -54,9 +55,16 @@ def center_loss(
         Works under torch.compile(fullgraph=True), export, torch.func and AMP; bitwise equal between runs and thread
         counts.
 
+        Centers sharded by class: a DTensor of placements (Shard(0),) on a 1-D mesh, beside this rank's own rows as
+        plain tensors. The result is the unsharded one for these rows; the gradient in the centers is that of the sum of
+        the ranks' losses. Every rank must call, also with an empty batch; no rank makes anything of size K x D. A label
+        out of range on one rank raises on all, CUDA too.
+
     Reference:
         Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, eq. 2.
     """
+    if is_sharded(centers):
+        return _sharded(features, labels, centers, None, False, reduction, ignore_index, higher_order)
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
         loss = fast.center_loss(features, labels, centers, None, False, reduction, ignore_index, higher_order, None)
@@ -105,6 +113,8 @@ def sparse_center_loss(
     Reference:
         Farzaneh and Qi, "Facial Expression Recognition in the Wild via Deep Attentive Center Loss", WACV 2021, eq. 5.
     """
+    if is_sharded(centers):
+        return _sharded(features, labels, centers, attention, attention_logits, reduction, ignore_index, higher_order)
     fast = None if is_compiling() else _backend.fast()
     if fast is not None:
         loss = fast.center_loss(
@@ -172,12 +182,8 @@ def island_loss(
     center = center_loss(
         features, labels, centers, reduction=reduction, ignore_index=ignore_index, higher_order=higher_order
     )
-    pairs = _island_pairs(centers)
-    term = weight * pairs.to(center.dtype)
-    if reduction == "none":
-        term = term * reference.counted(labels, ignore_index)
-    loss = center + term
-    return IslandParts(loss, center, pairs) if return_parts else loss
+    parts = with_pairs(center, island_pairs(centers), weight, labels, reduction, ignore_index)
+    return parts if return_parts else parts.loss
 
 
 @torch.no_grad()
@@ -201,15 +207,16 @@ def update_centers_(
         I_j = 1 / (K - 1) sum_{k != j} d cos(c_j, c_k) / d c_j
 
     Args:
-        centers: c (K, D), changed in place; the dtype of features, or float32 beside half-precision features.
+        centers: c (K, D), changed in place; the dtype of features, or float32 beside half-precision features. Or a
+            DTensor of shards by class, as in `center_loss`: the rows of all ranks of its mesh count.
         features: x (N, D).
         labels: y (N,), integers in [0, K). Negative ones and ignore_index leave their row out.
         alpha: the centers' learning rate, in [0, 1].
         attention: A (N, D) in [0, 1], as in `sparse_center_loss`; None is 1. A row counts in n_j whatever its A.
         island_weight: lambda_1 of the island loss; its term moves all classes, present in the batch or not.
         ignore_index: labels of this value leave their row out.
-        process_group: sum the classes' sums and counts over these ranks before the division, so that replicas of the
-            centers stay equal. Every rank must call, also with an empty batch.
+        process_group: the ranks that hold replicas of the centers: their rows all count, summed before the division,
+            so that replicas stay equal to the bit. Every rank must call, also with an empty batch.
         ema: divide by n_j in place of 1 + n_j: c_j <- (1 - alpha) c_j + alpha mean_j.
         attention_logits: take `attention` as logits, as in `sparse_center_loss`.
 
@@ -218,66 +225,56 @@ def update_centers_(
 
     Raises:
         TypeError, ValueError, IndexError: as `sparse_center_loss`; alpha outside of [0, 1]; centers that are not dense.
-            Nothing is changed before all checks have passed.
+            Nothing is changed before all checks have passed. On several ranks a label out of range raises on each
+            (replicas on CUDA may leave the row out); another error raises before the rank has sent anything, and the
+            others wait for it until their collective times out.
 
     Note:
         Deterministic: rows are grouped by class with a stable sort and summed in a fixed order, also when all share one
-        class. Memory O(N D + K). Not differentiable; a graph that has saved the centers notices the change.
+        class. Memory O(N D + K), on P ranks O(P N D). Not differentiable; a graph that has saved the centers notices.
 
     Reference:
         Wen et al. 2016, eq. 4; Cai et al. 2018, eq. 6; Farzaneh and Qi 2021, eq. 6.
     """
     alpha = _checks.in_unit_interval("alpha", alpha)
     weight = _checks.non_negative("island_weight", island_weight)
-    _check(features, labels, centers, ignore_index)
+    check_arguments(features, labels, centers, ignore_index)
     if not centers.is_contiguous():
         raise ValueError(f"`centers` must be contiguous to be changed in place, got strides {centers.stride()}")
     a = None if attention is None else attention_of(features, attention, attention_logits)
-    if process_group is not None:
-        from ._distributed_centers import update_replicas_
-
-        update_replicas_(
-            centers, features, labels, a, attention_logits, alpha, ema, weight, ignore_index, process_group
-        )
-        return centers
-    apply_update_(centers, features, labels, a, attention_logits, alpha, ema, weight, ignore_index)
+    update_anywhere_(
+        centers, features, labels, a, attention_logits, alpha, ema, weight, ignore_index, process_group
+    )  # fmt: skip
     return centers
 
 
 # Shared with the modules ----------------------------------------------------------------------------------------------
 
 
-def attention_of(features: Tensor, attention: Tensor, logits: bool) -> Tensor:
-    """Attention (N, D), checked; logits (N, D, 2) become their difference."""
-    _checks.floating("attention", attention)
-    _checks.floating("features", features)
-    if logits and attention.dim() == 3 and attention.shape[2:] == (2,):
-        attention = attention[..., 1] - attention[..., 0]
-    _checks.parameter("attention", attention, tuple(features.shape), "(N, D)", "features", features)
-    if not logits and not _is_quiet(attention) and bool(((attention < 0) | (attention > 1)).any()):
-        raise ValueError("`attention` must be in [0, 1]; pass attention_logits=True if these are logits")
-    return attention
+def with_pairs(
+    center: Tensor, pairs: Tensor, weight: float, labels: Tensor, reduction: str, ignore_index: int
+) -> IslandParts:
+    """The island loss of its parts; with reduction "none" every row that counts carries the pairs."""
+    term = weight * pairs.to(center.dtype)
+    if reduction == "none":
+        term = term * reference.counted(labels, ignore_index)
+    return IslandParts(center + term, center, pairs)
 
 
-def apply_update_(
-    centers: Tensor,
+def detached_loss(
     features: Tensor,
     labels: Tensor,
+    centers: Tensor,
     attention: Tensor | None,
     logits: bool,
-    alpha: float,
-    ema: bool,
-    island_weight: float,
+    reduction: str,
     ignore_index: int,
-) -> None:
-    """`update_centers_` of checked arguments, on this device alone."""
-    x, y, a = _prepared(features.detach(), labels, None if attention is None else attention.detach())
-    if _backend.choose(centers.device.type) == "reference":
-        _check_labels(y, centers.shape[0], ignore_index)
-        sums, counts = reference.class_sums(x, y, centers, a, logits, ignore_index)
-        centers.copy_(reference.updated_centers(centers, sums, counts, alpha, ema, island_weight))
-    else:
-        update_in_place(centers, x, y, a, logits, alpha, ema, island_weight, ignore_index)
+) -> Tensor:
+    """The loss with a graph that keeps gradients and not the centers: these may change before the backward pass."""
+    if is_sharded(centers):
+        return _sharded(features, labels, centers.detach(), attention, logits, reduction, ignore_index, False)
+    a = None if attention is None else attention_of(features, attention, logits)
+    return _center_loss(features, labels, centers, a, logits, reduction, ignore_index, False, store=True)
 
 
 def loss_and_update(
@@ -291,26 +288,37 @@ def loss_and_update(
     alpha: float,
     ema: bool,
     island_weight: float,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The (sparse) center loss and its gradient from the centers as they are, then their update: one call.
 
     The graph keeps the gradients and not the centers, which change; there is no second derivative.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() or process_group is not None or is_sharded(centers) else _backend.fast()
     if fast is not None:
         update = (alpha, ema, island_weight)
         loss = fast.center_loss(features, labels, centers, attention, logits, reduction, ignore_index, False, update)
         if loss is not None:
             return loss
-    if attention is not None:
-        attention = attention_of(features, attention, logits)
-    loss = _center_loss(features, labels, centers, attention, logits, reduction, ignore_index, False, store=True)
+    if is_sharded(centers):
+        rule = (alpha, ema, island_weight)
+        return _sharded(features, labels, centers.detach(), attention, logits, reduction, ignore_index, False, rule)
+    loss = detached_loss(features, labels, centers, attention, logits, reduction, ignore_index)
+    a = None if attention is None else attention_of(features, attention, logits)
     with torch.no_grad():
-        apply_update_(centers, features, labels, attention, logits, alpha, ema, island_weight, ignore_index)
+        update_anywhere_(
+            centers, features, labels, a, logits, alpha, ema, island_weight, ignore_index, process_group
+        )  # fmt: skip
     return loss
 
 
 # Inside ---------------------------------------------------------------------------------------------------------------
+
+
+def _sharded(features: Tensor, labels: Tensor, centers: Tensor, *options: Any) -> Tensor:
+    from ._sharded_centers import loss_of_shards
+
+    return loss_of_shards(_center_loss, features, labels, centers, *options)
 
 
 def _center_loss(
@@ -326,12 +334,12 @@ def _center_loss(
 ) -> Tensor:
     """store: keep the gradients also of reduction "none", so that the backward pass needs no centers."""
     code = _checks.reduction_code(reduction)
-    _check(features, labels, centers, ignore_index)
-    x, y, a = _prepared(features, labels, attention)
+    check_arguments(features, labels, centers, ignore_index)
+    x, y, a = prepared(features, labels, attention)
     plain = _backend.choose(features.device.type) == "reference" or has_tangent(x, centers, a)
     if plain or (transforms_active() and code != NONE):
         if plain:
-            _check_labels(y, centers.shape[0], ignore_index)
+            check_labels(y, centers.shape[0], ignore_index)
             # With `store` the centers are about to change under a graph that would have saved them.
             rows = reference.center_loss(x, y, centers.clone() if store else centers, a, logits, ignore_index)
         else:
@@ -346,38 +354,12 @@ def _center_loss(
     )[0]
 
 
-def _island_pairs(centers: Tensor) -> Tensor:
+def island_pairs(centers: Tensor) -> Tensor:
+    """sum over ordered pairs of cos + 1, differentiable in the centers."""
+    if is_sharded(centers):
+        from ._sharded_centers import pairs_of_shards
+
+        return pairs_of_shards(centers)
     if _backend.choose(centers.device.type) == "reference" or has_tangent(centers):
         return reference.island_pairs(centers)
     return IslandPairs.call(centers.contiguous())[0]
-
-
-def _check(features: Tensor, labels: Tensor, centers: Tensor, ignore_index: int) -> None:
-    _checks.floating("features", features)
-    if features.dim() != 2:
-        raise ValueError(f"`features` must have shape (N, D), got {tuple(features.shape)}")
-    _checks.labels("labels", labels, (features.shape[0],), "(N,)", "features", features)
-    _checks.tensor("centers", centers)
-    k = centers.shape[0] if centers.dim() == 2 else -1
-    _checks.parameter("centers", centers, (k, features.shape[1]), "(K, D)", "features", features)
-    _checks.integer("ignore_index", ignore_index)
-
-
-def _prepared(features: Tensor, labels: Tensor, attention: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Contiguous, and labels of int64 or int32: what the kernels read."""
-    labels = labels if labels.dtype in (torch.int64, torch.int32) else labels.int()
-    return features.contiguous(), labels.contiguous(), None if attention is None else attention.contiguous()
-
-
-def _is_quiet(x: Tensor) -> bool:
-    """True where values are not looked at: on a device that would have to be waited for, in a compiler, a transform."""
-    return x.device.type != "cpu" or is_compiling() or transforms_active()
-
-
-def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """The reference's index check; the kernels have their own."""
-    if _is_quiet(labels):
-        return
-    bad = (labels >= num_classes) & (labels != ignore_index)
-    if bad.any():
-        raise IndexError(f"labels must be in [0, {num_classes}), negative or ignore_index, got {int(labels[bad][0])}")

@@ -69,7 +69,7 @@ def updated_centers(
     return c + alpha * step
 
 
-def _normalised(c: Tensor) -> tuple[Tensor, Tensor]:
+def normalised(c: Tensor) -> tuple[Tensor, Tensor]:
     """n_j = c_j / ||c_j|| and 1 / ||c_j||; both 0 for a center of norm 0."""
     squares = c.square().sum(1, keepdim=True)
     some = squares > 0
@@ -79,7 +79,7 @@ def _normalised(c: Tensor) -> tuple[Tensor, Tensor]:
 
 def island_pairs(centers: Tensor) -> Tensor:
     """sum over ordered pairs j != k of cos(c_j, c_k) + 1, in closed form: ||S||^2 - K' + K (K - 1), S = sum_j n_j."""
-    n, inverse = _normalised(compute(centers))
+    n, inverse = normalised(compute(centers))
     k, some = centers.shape[0], (inverse > 0).sum()
     cosines = n.sum(0).square().sum() - some if k > 1 else 0.0 * n.sum()
     return cosines + k * (k - 1)
@@ -87,6 +87,6 @@ def island_pairs(centers: Tensor) -> Tensor:
 
 def island_direction(centers: Tensor) -> Tensor:
     """(S - (n_j . S) n_j) / ||c_j|| (K, D): half the gradient of island_pairs; 0 for a center of norm 0."""
-    n, inverse = _normalised(centers)
+    n, inverse = normalised(centers)
     s = n.sum(0)
     return inverse * (s - (n @ s)[:, None] * n)
