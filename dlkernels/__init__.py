@@ -8,6 +8,7 @@ from ._info import build_info
 from ._version import __version__
 from .ops import (
     cross_entropy,
+    gccs_loss,
     group_norm,
     sigmoid_focal_loss,
     softmax_focal_loss,
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "build_info",
     "cross_entropy",
+    "gccs_loss",
     "group_norm",
     "nn",
     "ops",

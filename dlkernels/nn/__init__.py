@@ -2,6 +2,7 @@
 
 from . import utils
 from .focal_loss import CrossEntropyLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .gccs_loss import GCCSLoss
 from .group_norm import GroupNorm
 from .squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 from .stochastic_depth import StochasticDepth, stochastic_depth_rates
@@ -9,6 +10,7 @@ from .stochastic_depth import StochasticDepth, stochastic_depth_rates
 __all__ = [
     "CrossEntropyLoss",
     "EffectiveSqueezeExcite",
+    "GCCSLoss",
     "GroupNorm",
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
