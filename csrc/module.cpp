@@ -9,6 +9,7 @@
 
 #include "common/host.h"
 #include "cpu/focal_loss_eager.h"
+#include "cpu/gccs_loss_eager.h"
 #include "cpu/group_norm_eager.h"
 #include "cpu/squeeze_excite_eager.h"
 #include "cpu/stochastic_depth_eager.h"
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_focal_loss(m);
+  dlkernels::bind_gccs_loss(m);
   dlkernels::bind_group_norm(m);
   dlkernels::bind_squeeze_excite(m);
   dlkernels::bind_stochastic_depth(m);

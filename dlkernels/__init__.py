@@ -9,6 +9,7 @@ from ._version import __version__
 from .ops import (
     center_loss,
     cross_entropy,
+    gccs_loss,
     group_norm,
     island_loss,
     sigmoid_focal_loss,
@@ -26,6 +27,7 @@ __all__ = [
     "build_info",
     "center_loss",
     "cross_entropy",
+    "gccs_loss",
     "group_norm",
     "island_loss",
     "nn",

@@ -3,6 +3,7 @@
 from . import utils
 from .center_loss import CenterLoss, IslandLoss, SparseCenterLoss
 from .focal_loss import CrossEntropyLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .gccs_loss import GCCSLoss
 from .group_norm import GroupNorm
 from .squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
 from .stochastic_depth import StochasticDepth, stochastic_depth_rates
@@ -11,6 +12,7 @@ __all__ = [
     "CenterLoss",
     "CrossEntropyLoss",
     "EffectiveSqueezeExcite",
+    "GCCSLoss",
     "GroupNorm",
     "IslandLoss",
     "SigmoidFocalLoss",

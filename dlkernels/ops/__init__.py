@@ -2,6 +2,7 @@
 
 from .center_loss import center_loss, island_loss, sparse_center_loss, update_centers_
 from .focal_loss import cross_entropy, sigmoid_focal_loss, softmax_focal_loss
+from .gccs_loss import gccs_loss
 from .group_norm import group_norm
 from .squeeze_excite import squeeze_excite
 from .stochastic_depth import stochastic_depth
@@ -10,6 +11,7 @@ from .weight_norm import weight_norm
 __all__ = [
     "center_loss",
     "cross_entropy",
+    "gccs_loss",
     "group_norm",
     "island_loss",
     "sigmoid_focal_loss",
