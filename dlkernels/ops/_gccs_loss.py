@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._library import FusedFunction, accumulate_dtype, loop_over_batch, register, second_derivative
 from ..reference import gccs_loss as reference
-from ._focal_loss import NONE, reduced_backward, save
+from ._reduced import NONE, reduced_backward, save
 
 
 class GCCSLoss(FusedFunction):

@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import _backend, _checks
 from .._library import has_tangent, is_compiling, transforms_active, wants_grad
 from ..reference import gccs_loss as reference
-from ._focal_loss import MEAN, NONE
 from ._gccs_loss import GCCSLoss
+from ._reduced import MEAN, NONE
 
 COVARIANCES: dict[str | None, int] = {"diagonal": 0, "full": 1}
 
