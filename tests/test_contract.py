@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -45,6 +46,7 @@ class OpCase:
     module: the same as a module, called with the same tensors.
     kernels: names of the registered operators that a call and its backward pass use.
     higher_order: `call` takes higher_order=.
+    of_nothing: what a mean over an empty batch is; a sum is 0.
     image: a maker of 4-D tensors, for channels_last; None where the op has no such input.
     keeps_layout: a channels_last input gives a channels_last output (its gradient is channels_last in any case).
     not_applicable: {check: reason}.
@@ -61,6 +63,7 @@ class OpCase:
     reduced: bool = True
     keeps_layout: bool = False
     higher_order: bool = True
+    of_nothing: float = float("nan")
     not_applicable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -118,11 +121,15 @@ STORED = ("scale_stored_grad",)
 GROUP_NORM = ("group_norm_fwd", "group_norm_bwd")
 WEIGHT_NORM = ("weight_norm_fwd", "weight_norm_bwd")
 STOCHASTIC_DEPTH = ("stochastic_depth_fwd",)
+CENTER = ("center_loss_fwd", "center_loss_bwd")
+ISLAND = ("island_pairs_fwd", "island_pairs_bwd")
 SQUEEZE_EXCITE = ("squeeze_excite_fwd", "squeeze_excite_bwd")
+KEEPS_INPUTS = {"higher_order_off": "a gradient in the centers needs the inputs, which are kept whatever was asked for"}
 LAYER: dict[str, Any] = {"reduced": False, "keeps_layout": True, "higher_order": False}
 LINEAR = {"second_derivative_in_float32": "linear in all its inputs: no gradient depends on one"}
-# Arguments of layers that have a gradient beside input and grad_output. A loss's `weight` is a constant.
-PARAMETERS = ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g")
+# Arguments of operators that have a gradient. A loss's `weight` is a constant, so are centers beside stored gradients.
+DIFFERENTIABLE = ("input", "grad_output", "features", "attention")
+DIFFERENTIABLE += ("bias", "residual", "scale", "shift", "w1", "b1", "w2", "b2", "v", "g")
 
 OPS = [
     OpCase(
@@ -349,6 +356,78 @@ OPS = [
         },
         **LAYER,
     ),
+    OpCase(
+        "center_loss/mean",
+        lambda x, c, y, **more: dk.center_loss(x, y, c, ignore_index=1, **more),
+        lambda dtype, n: (logits(dtype, n, 7), weights(dtype, 5, 7), labels(-1, 5, n, ignore=1)),
+        CENTER,
+        lambda: _Functional(dk.nn.CenterLoss(5, 7, update="grad", ignore_index=1), "centers"),
+        wants_grad=(0, 1),
+        batched=(0, 2),
+        of_nothing=0.0,
+        not_applicable=KEEPS_INPUTS,
+    ),
+    OpCase(
+        "center_loss/none",
+        lambda x, c, y, **more: dk.center_loss(x, y, c, reduction="none", **more),
+        lambda dtype, n: (logits(dtype, n, 7), weights(dtype, 5, 7), labels(-1, 5, n, ignore=-100)),
+        CENTER,
+        lambda: _Functional(dk.nn.CenterLoss(5, 7, update="grad", reduction="none"), "centers"),
+        wants_grad=(0, 1),
+        batched=(0, 2),
+        reduced=False,
+    ),
+    OpCase(
+        "center_loss/sum",
+        lambda x, c, y, **more: dk.center_loss(x, y, c, reduction="sum", **more),
+        lambda dtype, n: (logits(dtype, n, 7), weights(dtype, 5, 7), labels(0, 5, n)),
+        CENTER + STORED,
+        lambda: _Functional(dk.nn.CenterLoss(5, 7, update="grad", reduction="sum"), "centers"),
+        batched=(0, 2),
+    ),
+    OpCase(
+        "center_loss/attention",
+        lambda x, c, y, a, **more: dk.sparse_center_loss(x, y, c, a, ignore_index=2, **more),
+        lambda dtype, n: (
+            *(logits(dtype, n, 7), weights(dtype, 5, 7), labels(0, 5, n, ignore=2)),
+            torch.sigmoid(logits(torch.float64, n, 7).flip(0)).to(dtype),
+        ),
+        CENTER,
+        lambda: _Functional(dk.nn.SparseCenterLoss(5, 7, update="grad", ignore_index=2), "centers"),
+        wants_grad=(0, 1, 3),
+        batched=(0, 2, 3),
+        not_applicable={
+            **KEEPS_INPUTS,
+            "python_reads_no_value": "on CPUs an attention, unlike its logits, is checked to be in [0, 1]",
+        },
+    ),
+    OpCase(
+        "center_loss/logits",
+        lambda x, c, y, a, **more: dk.sparse_center_loss(x, y, c, a, reduction="sum", attention_logits=True, **more),
+        lambda dtype, n: (
+            *(logits(dtype, n, 7), weights(dtype, 5, 7), labels(-1, 5, n)),
+            weights(dtype, n, 7).flip(0),
+        ),
+        CENTER + STORED,
+        lambda: _Functional(
+            dk.nn.SparseCenterLoss(5, 7, update="grad", reduction="sum", attention_logits=True), "centers"
+        ),
+        wants_grad=(0, 3),
+        batched=(0, 2, 3),
+    ),
+    OpCase(
+        "center_loss/island",
+        lambda x, c, y, **more: dk.island_loss(x, y, c, 0.5, **more),
+        lambda dtype, n: (logits(dtype, n, 7), weights(dtype, 5, 7), labels(0, 5, n, ignore=-1)),
+        CENTER + ISLAND,
+        lambda: _Functional(dk.nn.IslandLoss(5, 7, 0.5, update="grad"), "centers"),
+        wants_grad=(0, 1),
+        batched=(0, 2),
+        not_applicable={
+            **KEEPS_INPUTS,
+            "empty_batch": "the pairs of the centers remain, whatever the batch",
+        },
+    ),
 ]
 
 
@@ -559,7 +638,7 @@ def test_opcheck(op: OpCase, device: torch.device) -> None:
             overload = getattr(torch.ops.dlkernels, kernel).default
             names = [a.name for a in overload._schema.arguments]
             floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
-            wants = [i for i in floating if names[i] in ("input", "grad_output", *PARAMETERS)]
+            wants = [i for i in floating if names[i] in DIFFERENTIABLE]
             args = tuple(a.detach().requires_grad_(i in wants) if i in floating else a for i, a in enumerate(args))
             torch.library.opcheck(overload, args)
             seen.add(kernel)
@@ -1054,7 +1133,8 @@ def test_empty_batch(op: OpCase, device: torch.device) -> None:
     assert out.dtype == reference.dtype
     assert out.shape == (reference.shape if op.reduced else (0, *reference.shape[1:]))
     if op.reduced:
-        assert torch.isnan(out) if op.name.endswith("/mean") else out == 0, f"loss of nothing is {out.item()}"
+        undefined = op.name.endswith("/mean") and math.isnan(op.of_nothing)
+        assert torch.isnan(out) if undefined else out == 0, f"loss of nothing is {out.item()}"
     for g, leaf in zip(torch.autograd.grad(out, leaves(op, tensors), cotangent(out)), leaves(op, tensors), strict=True):
         assert g.shape == leaf.shape and g.dtype == leaf.dtype
 

@@ -236,8 +236,9 @@ class CenterLoss(_CenterModule):
         The state_dict has one entry, `centers`, whichever the rule: checkpoints go from one to another, and those of
         modules that keep a Parameter `centers` (K, D) load. torch.compile(fullgraph=True) takes the fused call.
 
-        DistributedDataParallel: give `process_group` and broadcast_buffers=False. Without a group, replicas drift
-        apart, or rank 0's alone are kept. For more classes than one device holds: `shard_(mesh)`.
+        DistributedDataParallel: give `process_group`, or replicas drift apart and rank 0's alone are kept. With it,
+        broadcast_buffers=False saves a broadcast of the centers, if the ranks start from equal ones (one seed, or a
+        checkpoint): the constructor leaves buffers alone then. For more classes than one device holds: `shard_(mesh)`.
     """
 
     def __init__(

@@ -90,13 +90,15 @@ class CenterLossBackward(FusedFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad_output, features, labels, centers, attention, ctx.logits, ctx.ignore_index, _ = inputs
+        grad_output, features, labels, centers, attention, ctx.logits, ctx.ignore_index, ctx.need_centers = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, features, centers, attention, labels)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         grad_output, *tensors, labels = ctx.saved_tensors
+        if not ctx.need_centers:  # that output is empty
+            cotangents = (cotangents[0], None, cotangents[2])
 
         def rows(x: Tensor, c: Tensor, a: Tensor | None) -> Tensor:
             return reference.center_loss(x, labels, c, a, ctx.logits, ctx.ignore_index)

@@ -122,7 +122,7 @@ def loss_of_shards(
     if attention is not None:
         attention = attention_of(features, attention, logits)
     shards, rows = _met(features, labels, centers, ignore_index)
-    own = _Fetch.apply(shards.local, rows, shards.start)[: rows.own]
+    own = _Fetch.apply(shards.local, rows, shards.start)  # padded: also of an empty batch there is a graph to them
     counted = reference.counted(labels, ignore_index)
     each = torch.where(counted, torch.arange(rows.own, device=labels.device), -1)
     value = loss(features, each, own, attention, logits, reduction, -1, higher_order)

@@ -55,6 +55,11 @@ def center_loss(
         Works under torch.compile(fullgraph=True), export, torch.func and AMP; bitwise equal between runs and thread
         counts.
 
+        Centers sharded by class: a DTensor of placements (Shard(0),) on a 1-D mesh, beside this rank's own rows as
+        plain tensors. The result is the unsharded one for these rows; the gradient in the centers is that of the sum of
+        the ranks' losses. Every rank must call, also with an empty batch; no rank makes anything of size K x D. A label
+        out of range on one rank raises on all, CUDA too.
+
     Reference:
         Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, eq. 2.
     """
@@ -204,15 +209,16 @@ def update_centers_(
         I_j = 1 / (K - 1) sum_{k != j} d cos(c_j, c_k) / d c_j
 
     Args:
-        centers: c (K, D), changed in place; the dtype of features, or float32 beside half-precision features.
+        centers: c (K, D), changed in place; the dtype of features, or float32 beside half-precision features. Or a
+            DTensor of shards by class, as in `center_loss`: the rows of all ranks of its mesh count.
         features: x (N, D).
         labels: y (N,), integers in [0, K). Negative ones and ignore_index leave their row out.
         alpha: the centers' learning rate, in [0, 1].
         attention: A (N, D) in [0, 1], as in `sparse_center_loss`; None is 1. A row counts in n_j whatever its A.
         island_weight: lambda_1 of the island loss; its term moves all classes, present in the batch or not.
         ignore_index: labels of this value leave their row out.
-        process_group: sum the classes' sums and counts over these ranks before the division, so that replicas of the
-            centers stay equal. Every rank must call, also with an empty batch.
+        process_group: the ranks that hold replicas of the centers: their rows all count, summed before the division,
+            so that replicas stay equal to the bit. Every rank must call, also with an empty batch.
         ema: divide by n_j in place of 1 + n_j: c_j <- (1 - alpha) c_j + alpha mean_j.
         attention_logits: take `attention` as logits, as in `sparse_center_loss`.
 
@@ -221,11 +227,13 @@ def update_centers_(
 
     Raises:
         TypeError, ValueError, IndexError: as `sparse_center_loss`; alpha outside of [0, 1]; centers that are not dense.
-            Nothing is changed before all checks have passed.
+            Nothing is changed before all checks have passed. On several ranks a label out of range raises on each
+            (replicas on CUDA may leave the row out); another error raises before the rank has sent anything, and the
+            others wait for it until their collective times out.
 
     Note:
         Deterministic: rows are grouped by class with a stable sort and summed in a fixed order, also when all share one
-        class. Memory O(N D + K). Not differentiable; a graph that has saved the centers notices the change.
+        class. Memory O(N D + K), on P ranks O(P N D). Not differentiable; a graph that has saved the centers notices.
 
     Reference:
         Wen et al. 2016, eq. 4; Cai et al. 2018, eq. 6; Farzaneh and Qi 2021, eq. 6.
