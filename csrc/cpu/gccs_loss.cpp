@@ -52,7 +52,9 @@ struct Problem {
   void write_grad_to(const at::Tensor& grad, double scale) {
     args.grad = grad.mutable_data_ptr();
     args.grad_scale = scale;
-    args.stream = static_cast<int64_t>(grad.nbytes()) > kStreamBytes;
+    // Short rows that share a cache line would each write a part of it past the caches: slower than through them.
+    const int64_t row_bytes = classes * grad.element_size();
+    args.stream = static_cast<int64_t>(grad.nbytes()) > kStreamBytes && (row_bytes % 64 == 0 || row_bytes >= 1536);
   }
 
   void run() const {

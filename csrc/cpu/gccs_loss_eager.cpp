@@ -51,7 +51,7 @@ py::object gccs_loss(py::handle features_object, py::handle labels_object, py::h
   const auto reduction = code_of(reduction_object.ptr(), {"none", "mean", "sum"});  // the codes of Reduction
   if (!mean || !std || !ridge || !weight || !ignored || !reduction || !PyBool_Check(higher_order.ptr())) return none();
   if (code_of(covariance.ptr(), {"diagonal"}) != 0) return none();
-  if (!std::isfinite(*mean) || !(*std > 0) || !std::isfinite(*std) || !(*ridge >= 0) || !std::isfinite(*ridge) ||
+  if (!std::isfinite(*mean) || !(*std >= 1e-150 && *std <= 1e150) || !(*ridge >= 0) || !std::isfinite(*ridge) ||
       !(*weight >= 0) || !std::isfinite(*weight))
     return none();
   if (!plain_eager() || !plain_floating(features) || features.dim() != 2 || !features.is_contiguous() ||

@@ -28,11 +28,13 @@ struct GccsSlab {
   int64_t n, label, first, width;
   const T* x;  // column `first` of row 0
 
-  alignas(64) A origin[kGccsSlab], mean[kGccsSlab];  // z_0, and the mean relative to it
-  alignas(64) A block[kMoments][kGccsSlab];          // sums over a block of rows
+  // Read by whole vectors from any column on: one more than a slab has.
+  static constexpr int64_t kPadded = kGccsSlab + kFloatLanes;
+  alignas(64) A origin[kPadded], mean[kPadded];  // z_0, and the mean relative to it
+  alignas(64) A block[kMoments][kGccsSlab];      // sums over a block of rows
   double total[kMoments][kGccsSlab];
   // Scaled for the gradient: offset + d (slope + cubic d^2).
-  alignas(64) A offset[kGccsSlab], slope[kGccsSlab], cubic[kGccsSlab];
+  alignas(64) A offset[kPadded], slope[kPadded], cubic[kPadded];
 
   GccsSlab(const GccsArgs& a, const Segment& s, int64_t slab)
       : args(a),
@@ -74,13 +76,6 @@ struct GccsSlab {
 
   DL_INLINE V centred(V z, int64_t c) const { return (z - load(origin + c)) - load(mean + c); }
 
-  // A moment of vector c as the arithmetic type.
-  DL_INLINE V moment(int m, int64_t c) const {
-    alignas(64) A values[Lanes<T>::width];
-    for (int k = 0; k < Lanes<T>::width; ++k) values[k] = static_cast<A>(total[m][c + k] / static_cast<double>(n));
-    return load(values);
-  }
-
   DL_INLINE void statistics() {
     // Whole vectors are read and written below: what lies behind the last column is 0.
     std::memset(origin, 0, sizeof(origin));
@@ -102,18 +97,20 @@ struct GccsSlab {
 
   // The loss of the slab, and the coefficients of its gradient.
   double columns(double scale) {
-    const double s2 = args.target_std * args.target_std;
+    const double s2 = args.target_std * args.target_std, inverse = 1 / static_cast<double>(n);
     const GccsTarget<V> to{splat<V>(s2), splat<V>(1 / s2), splat<V>(args.eps),
                            splat<V>(args.kurtosis_weight / static_cast<double>(args.classes))};
-    const V by = splat<V>(scale / static_cast<double>(n));
+    const V by = splat<V>(scale * inverse);
+    // From here on `block` holds the moments, and `offset` the mean's distance from the vertex.
+    for (int m = 0; m < kMoments; ++m)
+      for (int64_t c = 0; c < kGccsSlab; ++c) block[m][c] = static_cast<A>(total[m][c] * inverse);
+    for (int64_t c = 0; c < kGccsSlab; ++c) offset[c] = origin[c] + mean[c];
+    const int64_t own = label - first;
+    if (own >= 0 && own < width) offset[own] = (origin[own] - static_cast<A>(args.target_mean)) + mean[own];
     double loss = 0;
     for_vectors<T>(width, [&](int64_t c, int64_t left, auto) DL_BODY {
-      A vertex[Lanes<T>::width];
-      for (int k = 0; k < Lanes<T>::width; ++k)
-        vertex[k] = first + c + k == label ? static_cast<A>(args.target_mean) : A(0);
-      const V t = (load(origin + c) - load(vertex)) + load(mean + c), v = moment(0, c);
-      const GccsColumn<V> column = gccs_column<kKurtosis>(to, n > 1, t, v, kKurtosis ? moment(kMoments - 2, c) : v,
-                                                          kKurtosis ? moment(kMoments - 1, c) : v);
+      const GccsColumn<V> column = gccs_column<kKurtosis>(to, n > 1, load(offset + c), load(block[0] + c),
+                                                          load(block[kMoments / 2] + c), load(block[kMoments - 1] + c));
       loss += static_cast<double>(sum(first_lanes<T>(column.loss, left)));
       store(offset + c, column.offset * by);
       store(slope + c, column.slope * by);
@@ -122,23 +119,33 @@ struct GccsSlab {
     return loss;
   }
 
+  DL_INLINE V gradient_of(V z, int64_t c) const {
+    const V d = centred(z, c);
+    V g = load(slope + c);
+    if constexpr (kKurtosis) g += load(cubic + c) * d * d;
+    return g * d + load(offset + c);
+  }
+
   template <bool kStream>
-  DL_INLINE void gradient() const {
-    T* out = static_cast<T*>(args.grad) + first;
-    for_row_groups(0, n, [&](int64_t i, auto group) DL_BODY {
-      for (int r = 0; r < decltype(group)::size; ++r) {
-        const T* p = row(i + r);
-        T* to = out + rows[i + r] * args.classes;
-        for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
-          const V d = centred(load_as(whole, p + c, left), c);
-          V g = load(slope + c);
-          if constexpr (kKurtosis) g += load(cubic + c) * d * d;
-          g = g * d + load(offset + c);
-          if constexpr (kStream && decltype(whole)::value) stream(to + c, g);
-          else store_as(whole, to + c, g, left);
-        });
+  void gradient() const {
+    constexpr int64_t kBytes = Lanes<T>::width * sizeof(T);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* p = row(i);
+      T* to = static_cast<T*>(args.grad) + first + rows[i] * args.classes;
+      // Past the caches from the first aligned vector on.
+      int64_t c = 0;
+      if constexpr (kStream) {
+        const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(to) % kBytes) % kBytes / sizeof(T);
+        c = head < width ? head : width;
+        if (c > 0) store_part(to, gradient_of(load_part(p, c, 0), 0), c);
       }
-    });
+      for (; c + Lanes<T>::width <= width; c += Lanes<T>::width) {
+        const V g = gradient_of(load(p + c), c);
+        if constexpr (kStream) stream(to + c, g);
+        else store(to + c, g);
+      }
+      if (c < width) store_part(to + c, gradient_of(load_part(p + c, width - c, 0), c), width - c);
+    }
   }
 
   double run() {
@@ -147,8 +154,7 @@ struct GccsSlab {
     statistics();
     const double loss = columns(scale);
     if (args.grad == nullptr) return loss;
-    // Vectors are aligned in every row or in none.
-    if (args.stream && may_stream(static_cast<T*>(args.grad), args.classes)) gradient<true>();
+    if (args.stream) gradient<true>();
     else gradient<false>();
     return loss;
   }

@@ -6,21 +6,21 @@
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
 
-// r - 1 - log r for r = 1 + f > 0: the divergence of two variances of ratio r. Near 1, where it is f^2 / 2 and the
+// r - 1 - log r for f = r - 1: the divergence of two variances of ratio r. Near 1, where it is f^2 / 2 and the
 // difference would lose its digits, by the series of log r = 2 artanh(f / (2 + f)).
 template <class V>
-DL_INLINE V variance_divergence(V f) {
+DL_INLINE V variance_divergence(V f, V r) {
   const V s = f / (f + 2.0f), q = s * s;
   V tail = q * splat<V>(1.0 / 13) + splat<V>(1.0 / 11);
   tail = tail * q + splat<V>(1.0 / 9);
   tail = tail * q + splat<V>(1.0 / 7);
   tail = tail * q + splat<V>(1.0 / 5);
   tail = tail * q + splat<V>(1.0 / 3);
-  return select(vabs(f) < 0.4f, f * s - q * s * tail * 2.0f, f - vlog(f + 1.0f));
+  return select(vabs(f) < 0.4f, f * s - q * s * tail * 2.0f, f - vlog(r));
 }
 template <>
-DL_INLINE double variance_divergence(double f) {
-  return f - std::log1p(f);
+DL_INLINE double variance_divergence(double f, double r) {
+  return f - (std::fabs(f) < 0.4 ? std::log1p(f) : std::log(r));
 }
 
 // What a class asks for, in the arithmetic of V.
@@ -46,7 +46,7 @@ DL_INLINE GccsColumn<V> gccs_column(const GccsTarget<V>& to, bool several, V t, 
   if (several) {
     const V u = v + to.eps, f = ((v - to.variance) + to.eps) * to.precision, inverse = splat<V>(1) / u;
     // log(s^2 / u) - 1 + v / s^2 = (r - 1 - log r) - eps / s^2 with r = u / s^2.
-    c.loss += variance_divergence(f) - to.eps * to.precision;
+    c.loss += variance_divergence(f, u * to.precision) - to.eps * to.precision;
     c.slope = f * inverse;
     if constexpr (kKurtosis) {
       const V k = m4 * inverse * inverse, w = to.kurtosis_weight;

@@ -128,8 +128,8 @@ def check_options(
     mean = _checks.number("target_mean", target_mean)
     if not math.isfinite(mean):
         raise ValueError(f"`target_mean` must be a finite number, got {target_mean}")
-    std = _checks.non_negative("target_std", target_std)
-    if std == 0:
+    std = _checks.number("target_std", target_std)
+    if not 1e-150 <= std <= 1e150:  # its square, and the inverse of that, are numbers too
         raise ValueError(f"`target_std` must be a finite number > 0, got {target_std}")
     weight = _checks.non_negative("kurtosis_weight", kurtosis_weight)
     if full and weight > 0:
