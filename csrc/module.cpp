@@ -10,6 +10,7 @@
 #include "common/host.h"
 #include "cpu/center_loss_eager.h"
 #include "cpu/focal_loss_eager.h"
+#include "cpu/gccs_loss_eager.h"
 #include "cpu/group_norm_eager.h"
 #include "cpu/region_biased_loss_eager.h"
 #include "cpu/squeeze_excite_eager.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &dlkernels::build_info);
   dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);
+  dlkernels::bind_gccs_loss(m);
   dlkernels::bind_group_norm(m);
   dlkernels::bind_region_biased_loss(m);
   dlkernels::bind_squeeze_excite(m);

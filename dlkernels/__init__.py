@@ -9,6 +9,7 @@ from ._version import __version__
 from .ops import (
     center_loss,
     cross_entropy,
+    gccs_loss,
     group_norm,
     island_loss,
     region_biased_loss,
@@ -27,6 +28,7 @@ __all__ = [
     "build_info",
     "center_loss",
     "cross_entropy",
+    "gccs_loss",
     "group_norm",
     "island_loss",
     "nn",

@@ -18,6 +18,7 @@ examples:
   python -m dlkernels info                                  what is installed, what serves each op
   python -m dlkernels check                                 every op against float64 on this machine
   python -m dlkernels demo                                  a real model trained with and without the fused ops
+  python -m dlkernels demo --features                       what center, island and GCCS loss do to features
   python -m dlkernels profile cross_entropy --shape 4096,1000
   python -m dlkernels bench
 

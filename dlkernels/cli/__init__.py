@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +32,16 @@ def need(command: str, *modules: str, extra: str = "demo") -> None:
             missing.append(PIP_NAMES.get(module, module))
     if missing:
         fail(f'`{command}` needs {", ".join(missing)}: pip install "dlkernels[{extra}]"')
+
+
+def output_folder(folder: Path) -> None:
+    """Make the folder of --out, and end the command with one clear line when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"--out {folder}: cannot write there: {error.strerror or error}")
 
 
 def quiet() -> None:

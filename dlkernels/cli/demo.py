@@ -15,7 +15,7 @@ import torch
 
 from .. import _backend
 from ..testing import num_threads
-from . import fail, format_time, need, print_table, quiet
+from . import _features, fail, format_time, need, output_folder, print_table, quiet
 from ._budget import Parity
 
 STEPS, QUICK_STEPS = 240, 40
@@ -26,6 +26,7 @@ examples:
   python -m dlkernels demo
   python -m dlkernels demo --quick --out /tmp/demo
   python -m dlkernels demo --device cuda --steps 1000
+  python -m dlkernels demo --features
 
 Trains a small residual network (GroupNorm, MONAI's squeeze-and-excitation, stochastic depth) on scikit-learn's digits,
 made long-tailed (class c keeps 0.75^c of its images), four times from one seed: balanced focal loss and cross entropy,
@@ -33,6 +34,10 @@ each with layers and loss in plain PyTorch and with fused ones. The eager networ
 At the start, outputs and parameter gradients of both networks are compared with float64. At every step of the eager
 runs, both losses and their gradients are computed on the same logits and held to the error budget of dlkernels.testing.
 Exit code 1: a network or a step outside its budget, or a balanced accuracy of at most 85 %.
+
+--features shows something else, what losses do to features: it trains small networks with cross entropy, center loss,
+island loss and GCCS loss, draws the features of the test images (features.png) and writes the numbers (features.json).
+Exit code 1: center loss does not bring the features of a class together, or an accuracy of at most 85 %.
 """
 
 
@@ -45,11 +50,17 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_STEPS} steps, short timings, no accuracy required"
+        "--features", action="store_true", help="draw what center, island and GCCS loss do to the features"
     )
-    parser.add_argument("--steps", type=int, help=f"training steps of each run (default: {STEPS})")
+    parser.add_argument("--quick", action="store_true", help="few steps, short timings, no accuracy required")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder of demo.png (default: %(default)s)"
+        "--steps",
+        type=int,
+        help=f"training steps of each run (default: {STEPS}, quick {QUICK_STEPS}; with --features "
+        f"{_features.STEPS}, quick {_features.QUICK_STEPS})",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder of what it writes (default: %(default)s)"
     )
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA when it is visible, else the CPU"
@@ -80,8 +91,11 @@ def run(args: argparse.Namespace) -> int:
         fail(f"--steps must be at least 1, got {args.steps}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible")
-    need("demo", "rich", "matplotlib", "sklearn", "monai")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if args.features:
+        return _features.run(args, device)
+    need("demo", "rich", "matplotlib", "sklearn", "monai")
+    output_folder(args.out)
     steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
     demo = Demo(args.quick, steps, QUICK_SECONDS if args.quick else SECONDS, device, args.out)
     start = time.perf_counter()

@@ -3,6 +3,7 @@
 from . import utils
 from .center_loss import CenterLoss, IslandLoss, SparseCenterLoss
 from .focal_loss import CrossEntropyLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .gccs_loss import GCCSLoss
 from .group_norm import GroupNorm
 from .region_biased_loss import RegionAttention, RegionBiasedLoss
 from .squeeze_excite import EffectiveSqueezeExcite, SqueezeExcite
@@ -12,10 +13,11 @@ __all__ = [
     "CenterLoss",
     "CrossEntropyLoss",
     "EffectiveSqueezeExcite",
+    "GCCSLoss",
     "GroupNorm",
+    "IslandLoss",
     "RegionAttention",
     "RegionBiasedLoss",
-    "IslandLoss",
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
     "SparseCenterLoss",
