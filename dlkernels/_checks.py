@@ -51,7 +51,7 @@ def reduction_code(reduction: str) -> int:
 
 def non_negative(name: str, value: Any) -> float:
     x = number(name, value)
-    if not (x >= 0.0 and math.isfinite(x)):
+    if not 0.0 <= x < math.inf:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value}")
     return x
 

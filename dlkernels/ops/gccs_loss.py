@@ -126,7 +126,7 @@ def check_options(
     """The code of `covariance`, and the other options in the operators' order."""
     full = _checks.one_of("covariance", covariance, COVARIANCES)
     mean = _checks.number("target_mean", target_mean)
-    if not math.isfinite(mean):
+    if not -math.inf < mean < math.inf:
         raise ValueError(f"`target_mean` must be a finite number, got {target_mean}")
     std = _checks.number("target_std", target_std)
     if not 1e-150 <= std <= 1e150:  # its square, and the inverse of that, are numbers too
