@@ -163,7 +163,7 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
         for name, flags in INSTRUCTION_SETS.items():
             target = folder / f"{source.stem}.{name}.o"
             if stale(target):
-                quiet = ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own AVX-512 headers
+                quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in gcc's own AVX-512 headers
                 command = [
                     *cxx().split(),
                     *CXX_FLAGS,

@@ -23,7 +23,7 @@ from dlkernels.cli.check import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
-LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy", "region_biased_loss")
+LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy", "region_biased_loss", "gccs_loss")
 LAYERS = ("group_norm", "squeeze_excite", "weight_norm", "stochastic_depth")
 
 
@@ -194,6 +194,17 @@ def test_profile_a_region_biased_loss(
     assert "4.81 kB" in line
 
 
+def test_profile_gccs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 x 1000 features, 8 x 100 labels, as many gradients as features, loss and divisor: 8808 bytes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--shape", "100,10", "--eager", "--steps", "2", "--out", str(tmp_path)]
+    assert main(["profile", "gccs_loss", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("gccs_loss of 100 x 10 float32, class indices, reduction mean")
+    assert "eager step" in printed and "regex:gccs_loss" in printed
+    assert "8.81 kB" in next(line for line in printed.splitlines() if "dlkernels::gccs_loss_fwd" in line)
+
+
 @pytest.mark.needs("cpp")
 def test_profile_names_the_op_and_its_bytes(tmp_path: Path) -> None:
     """4 x 6400 logits, 8 x 64 labels, 4 x 6400 gradient, loss and divisor: 51720 bytes."""
@@ -342,6 +353,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("profile", "cross_entropy", "--shape", "a,b"), "expected sizes such as 4096,1000"),
         (("profile", "region_biased_loss", "--shape", "5"), "--shape must be N,R, as 4096,6, got 5"),
         (("profile", "region_biased_loss", "--targets", "index"), "region_biased_loss has none"),
+        (("profile", "gccs_loss", "--targets", "dense"), "gccs_loss takes features N,D"),
         (("profile", "group_norm", "--shape", "5"), "--shape must have at least 2 dimensions, got 5"),
         (("profile", "weight_norm", "--reduction", "sum"), "weight_norm has neither"),
         (("profile", "group_norm", "--shape", "2,8", "--layout", "channels_last"), "needs four or five dimensions"),

@@ -124,6 +124,7 @@ def some_crops(n: int, regions: int) -> Tensor:
 SIGMOID = ("sigmoid_focal_loss_fwd", "sigmoid_focal_loss_bwd")
 SOFTMAX = ("softmax_focal_loss_fwd", "softmax_focal_loss_bwd")
 STORED = ("scale_stored_grad",)
+GCCS = ("gccs_loss_fwd", "gccs_loss_bwd")
 GROUP_NORM = ("group_norm_fwd", "group_norm_bwd")
 WEIGHT_NORM = ("weight_norm_fwd", "weight_norm_bwd")
 STOCHASTIC_DEPTH = ("stochastic_depth_fwd",)
@@ -240,6 +241,26 @@ OPS = [
         batched=(0,),
         reduced=False,
         not_applicable=PIECEWISE_LINEAR,
+    ),
+    OpCase(
+        "gccs_loss/sum",
+        lambda z, y, **more: dk.gccs_loss(z, y, target_mean=4.0, target_std=1.5, **more),
+        lambda dtype, n: (logits(dtype, n, 5), labels(0, 5, n, ignore=-100)),
+        GCCS + STORED,
+        lambda: dk.nn.GCCSLoss(target_mean=4.0, target_std=1.5),
+    ),
+    OpCase(
+        "gccs_loss/none",
+        lambda z, y, **more: dk.gccs_loss(
+            z, y, target_mean=7.0, kurtosis_weight=0.25, reduction="none", ignore_index=2, eps=1e-3, **more
+        ),
+        lambda dtype, n: (logits(dtype, n, 5), labels(-1, 5, n)),
+        GCCS,
+        lambda: dk.nn.GCCSLoss(target_mean=7.0, kurtosis_weight=0.25, reduction="none", ignore_index=2, eps=1e-3),
+        reduced=False,
+        not_applicable={
+            "empty_batch": "one number per class, whatever the batch: tests/ops/test_gccs_loss.py has its empty ones",
+        },
     ),
     OpCase(
         "group_norm/affine",

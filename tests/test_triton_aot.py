@@ -39,6 +39,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
         _common,
         _rows,
         focal_loss,
+        gccs_loss,
         region_biased_loss,
         stochastic_depth,
         stored_grad,
@@ -114,6 +115,23 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     }  # fmt: skip
     final = {"DIVIDE": True, "BLOCK": 4096, "ACC": tl.float32}
     cases["finalise"] = (_common.finalise_kernel, final_types, final, 8, {})
+
+    def gccs(name, dtype, classes, kurtosis, grad, loss):
+        t = gccs_loss.tiles(classes)
+        types = {
+            "z_ptr": POINTERS[dtype], "order_ptr": "*i64", "bounds_ptr": "*i32", "g_ptr": "*fp32",
+            "divisor_ptr": "*fp32", "loss_ptr": "*fp32", "dz_ptr": POINTERS[dtype], "n": "i32", "d_vectors": "i32",
+            "slabs": "i32", "stride_g": "i32",
+            **dict.fromkeys(("target_mean", "variance", "precision", "eps", "kurtosis_weight"), "fp32"),
+        }  # fmt: skip
+        constants = {
+            "D_VECTOR": _rows.vector(classes), "KURTOSIS": kurtosis, "LOSS": loss, "GRAD": grad, "FOLD": grad == 1,
+            "BLOCK_N": t.block_n, "BLOCK_D": t.block_d, "ACC": tl.float32,
+        }  # fmt: skip
+        cases[f"gccs {name}"] = (gccs_loss._gccs_loss_kernel, types, constants, 4, {"ldg": 1, "stg": 1})
+
+    gccs("mean float32 D=1000", "float32", 1000, False, 1, True)
+    gccs("backward bfloat16 D=1000 kurtosis", "bfloat16", 1000, True, 2, False)
 
     def norm(name, dtype, shape, backward, stage=weight_norm.WHOLE, wide=("ldg", "stg")):
         resident = weight_norm.MAX_RESIDENT_BACKWARD if backward else weight_norm.MAX_RESIDENT
@@ -225,7 +243,7 @@ def bind() -> dict[str, int]:
     driver.set_active(NoDevice())
     jit.JITFunction.run = compile_only
 
-    from dlkernels.triton import focal_loss, region_biased_loss, stochastic_depth, stored_grad, weight_norm
+    from dlkernels.triton import focal_loss, gccs_loss, region_biased_loss, stochastic_depth, stored_grad, weight_norm
 
     for dtype, gamma, n in ((torch.float32, 1.5, 3000), (torch.float32, 0.3, 2999), (torch.float64, 2.5, 3000)):
         x, t = torch.zeros(n, 91, dtype=dtype), torch.zeros(n, dtype=torch.int64)
@@ -235,6 +253,9 @@ def bind() -> dict[str, int]:
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, gamma, 0.0, -int(n), False, 1, True, True)
         focal_loss.softmax_focal_loss_bwd(one.expand(n), x, x, x[0], gamma, 0.0, -100)
         stored_grad.scale_stored_grad_(one, x, one)
+        options = (40.0 * gamma, gamma, 1e-5 * gamma, 0.1 * gamma, -int(n))
+        gccs_loss.gccs_loss_fwd(x, t, *options, 1, True, True)
+        gccs_loss.gccs_loss_bwd(one.expand(91), x, t, *options)
         stochastic_depth.stochastic_depth_fwd(x, x[:, 0], x)
         region_biased_loss.region_biased_loss_fwd(x, x > 0, n % 91, 0.1 * gamma, True, 1, True, True)
         region_biased_loss.region_biased_loss_bwd(one.expand(n), x, None, n % 7, gamma, False)
@@ -285,6 +306,8 @@ def test_launchers_compile_once_per_dtype() -> None:
     binaries = in_subprocess("--bind")
     # Forward and backward, times float32 and float64.
     assert binaries["_sigmoid_focal_kernel"] == binaries["softmax_focal_kernel"] == 4, binaries
+    assert binaries["_gccs_loss_kernel"] == 4 and binaries["_clear_kernel"] == 2, binaries
+    assert binaries["_keys_kernel"] == 1 and binaries["_present_kernel"] == 2, binaries
     assert binaries["_stochastic_depth_kernel"] == 2 and binaries["_weight_norm_kernel"] == 4, binaries
     assert binaries["_region_biased_loss_kernel"] == 4, binaries
     # Labels know no dtype of the logits, except in what they write.

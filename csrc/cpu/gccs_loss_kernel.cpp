@@ -22,6 +22,7 @@ struct GccsSlab {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   static constexpr int kMoments = kKurtosis ? 3 : 1;
+  static constexpr int64_t kAhead = 8;  // rows between a prefetch and its use
 
   const GccsArgs& args;
   const int32_t* rows;
@@ -31,8 +32,8 @@ struct GccsSlab {
   // Read by whole vectors from any column on: one more than a slab has.
   static constexpr int64_t kPadded = kGccsSlab + kFloatLanes;
   alignas(64) A origin[kPadded], mean[kPadded];  // z_0, and the mean relative to it
-  alignas(64) A block[kMoments][kGccsSlab];      // sums over a block of rows
   double total[kMoments][kGccsSlab];
+  alignas(64) A moments[kMoments][kGccsSlab];
   // Scaled for the gradient: offset + d (slope + cubic d^2).
   alignas(64) A offset[kPadded], slope[kPadded], cubic[kPadded];
 
@@ -47,52 +48,64 @@ struct GccsSlab {
 
   DL_INLINE const T* row(int64_t i) const { return x + rows[i] * args.classes; }
 
-  // total[m] = sum over the rows of term(c, left, whole, row pointers...)[m].
-  template <int kCount, class F>
-  DL_INLINE void sweep(bool from_memory, F term) {
+  // z of a row relative to the class's mean (to its first row, as long as `mean` is 0).
+  DL_INLINE V centred(V z, int64_t c) const { return (z - load(origin + c)) - load(mean + c); }
+
+  // total += the sums of rows [begin, end) over kVectors vectors of columns from c on; one vector may be partial.
+  template <bool kMean, int kVectors>
+  DL_INLINE void block_of_rows(int64_t begin, int64_t end, int64_t c) {
+    constexpr int kWidth = Lanes<T>::width, kCount = kMean ? 1 : kMoments;
+    V sums[kCount][kVectors];
     for (int m = 0; m < kCount; ++m)
-      for (int64_t c = 0; c < width; ++c) total[m][c] = 0;
+      for (int v = 0; v < kVectors; ++v) sums[m][v] = splat<V>(0);
+    for (int64_t i = begin; i < end; ++i) {
+      // The slab comes from memory once: whole rows ahead of their first vectors.
+      if (kMean && c == 0 && i + kAhead < n) prefetch(row(i + kAhead), width);
+      const T* p = row(i) + c;
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = c + v * kWidth;
+        const V d = centred(kVectors > 1 ? load(p + v * kWidth) : load_some(p, width - c), at), d2 = d * d;
+        if constexpr (kMean) {
+          sums[0][v] += d;
+        } else {
+          sums[0][v] += d2;
+          if constexpr (kKurtosis) {
+            sums[1][v] += d2 * d;
+            sums[2][v] += d2 * d2;
+          }
+        }
+      }
+    }
+    alignas(64) A values[kWidth];
+    for (int m = 0; m < kCount; ++m)
+      for (int v = 0; v < kVectors; ++v) {
+        store(values, sums[m][v]);
+        for (int k = 0; k < kWidth; ++k) total[m][c + v * kWidth + k] += static_cast<double>(values[k]);
+      }
+  }
+
+  // total = the sums over all rows: of d, or of d^2 (and d^3, d^4).
+  template <bool kMean>
+  void sweep() {
+    constexpr int64_t kWidth = Lanes<T>::width;
+    std::memset(total, 0, sizeof(total));
     for (int64_t begin = 0; begin < n; begin += kRows) {
       const int64_t end = n - begin < kRows ? n : begin + kRows;
-      for (int m = 0; m < kCount; ++m) std::memset(block[m], 0, sizeof(block[m]));
-      for_row_groups(begin, end, [&](int64_t i, auto group) DL_BODY {
-        constexpr int R = decltype(group)::size;
-        const T* p[R];
-        for (int r = 0; r < R; ++r) {
-          p[r] = row(i + r);
-          if (from_memory && i + r + R < n) prefetch(row(i + r + R), width);
-        }
-        for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole) DL_BODY {
-          V sums[kCount];
-          for (int m = 0; m < kCount; ++m) sums[m] = load(block[m] + c);
-          for (int r = 0; r < R; ++r) term(load_as(whole, p[r] + c, left), c, sums);
-          for (int m = 0; m < kCount; ++m) store(block[m] + c, sums[m]);
-        });
-      });
-      for (int m = 0; m < kCount; ++m)
-        for (int64_t c = 0; c < width; ++c) total[m][c] += static_cast<double>(block[m][c]);
+      int64_t c = 0;
+      for (; c + 4 * kWidth <= width; c += 4 * kWidth) block_of_rows<kMean, 4>(begin, end, c);
+      for (; c < width; c += kWidth) block_of_rows<kMean, 1>(begin, end, c);
     }
   }
 
-  DL_INLINE V centred(V z, int64_t c) const { return (z - load(origin + c)) - load(mean + c); }
-
-  DL_INLINE void statistics() {
-    // Whole vectors are read and written below: what lies behind the last column is 0.
+  // Whole vectors are read and written: what lies behind the last column is 0, and its sums do not matter.
+  void statistics() {
     std::memset(origin, 0, sizeof(origin));
-    for_vectors<T>(width, [&](int64_t c, int64_t left, auto whole)
-                              DL_BODY { store_as(whole, origin + c, load_as(whole, row(0) + c, left), left); });
-    std::memset(total, 0, sizeof(total));
-    sweep<1>(true, [&](V z, int64_t c, V* sums) DL_BODY { sums[0] += z - load(origin + c); });
-    for (int64_t c = 0; c < kGccsSlab; ++c) mean[c] = c < width ? static_cast<A>(total[0][c] / n) : A(0);
+    std::memset(mean, 0, sizeof(mean));
+    for (int64_t c = 0; c < width; ++c) origin[c] = to_float(row(0)[c]);
     if (n == 1) return;
-    sweep<kMoments>(false, [&](V z, int64_t c, V* sums) DL_BODY {
-      const V d = centred(z, c), d2 = d * d;
-      sums[0] += d2;
-      if constexpr (kKurtosis) {
-        sums[1] += d2 * d;
-        sums[2] += d2 * d2;
-      }
-    });
+    sweep<true>();
+    for (int64_t c = 0; c < width; ++c) mean[c] = static_cast<A>(total[0][c] / static_cast<double>(n));
+    sweep<false>();
   }
 
   // The loss of the slab, and the coefficients of its gradient.
@@ -101,21 +114,22 @@ struct GccsSlab {
     const GccsTarget<V> to{splat<V>(s2), splat<V>(1 / s2), splat<V>(args.eps),
                            splat<V>(args.kurtosis_weight / static_cast<double>(args.classes))};
     const V by = splat<V>(scale * inverse);
-    // From here on `block` holds the moments, and `offset` the mean's distance from the vertex.
-    for (int m = 0; m < kMoments; ++m)
-      for (int64_t c = 0; c < kGccsSlab; ++c) block[m][c] = static_cast<A>(total[m][c] * inverse);
+    // Until it is overwritten, `offset` holds the mean's distance from the vertex.
+    for (int m = 0; m < kMoments && n > 1; ++m)
+      for (int64_t c = 0; c < kGccsSlab; ++c) moments[m][c] = static_cast<A>(total[m][c] * inverse);
     for (int64_t c = 0; c < kGccsSlab; ++c) offset[c] = origin[c] + mean[c];
     const int64_t own = label - first;
     if (own >= 0 && own < width) offset[own] = (origin[own] - static_cast<A>(args.target_mean)) + mean[own];
     double loss = 0;
-    for_vectors<T>(width, [&](int64_t c, int64_t left, auto) DL_BODY {
-      const GccsColumn<V> column = gccs_column<kKurtosis>(to, n > 1, load(offset + c), load(block[0] + c),
-                                                          load(block[kMoments / 2] + c), load(block[kMoments - 1] + c));
-      loss += static_cast<double>(sum(first_lanes<T>(column.loss, left)));
+    for (int64_t c = 0; c < width; c += Lanes<T>::width) {
+      const GccsColumn<V> column =
+          gccs_column<kKurtosis>(to, n > 1, load(offset + c), load(moments[0] + c), load(moments[kMoments / 2] + c),
+                                 load(moments[kMoments - 1] + c));
+      loss += static_cast<double>(sum(first_lanes<T>(column.loss, width - c)));
       store(offset + c, column.offset * by);
       store(slope + c, column.slope * by);
       store(cubic + c, column.cubic * by);
-    });
+    }
     return loss;
   }
 

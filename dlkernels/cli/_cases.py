@@ -42,6 +42,7 @@ class Case:
         target = target.to(device, dtype) if target.is_floating_point() else target.to(device)
         options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         rows = self.shape if self.op.startswith("sigmoid") else self.shape[:1] + self.shape[2:]
+        rows = self.shape[1:] if self.op == "gccs_loss" else rows  # one loss per class
         grad_output = torch.rand(rows, generator=generator).to(device, dtype)
         fused, eager = getattr(dk, self.op), getattr(_eager, self.op)
         return Sample(
@@ -113,6 +114,7 @@ def _case(op: str, shape: Shape, targets: Targets, layout: str = "contiguous", *
 _sigmoid = functools.partial(_case, "sigmoid_focal_loss")
 _focal = functools.partial(_case, "softmax_focal_loss")
 _cross_entropy = functools.partial(_case, "cross_entropy")
+_gccs = functools.partial(_case, "gccs_loss")
 
 CASES: list[Case] = [
     _sigmoid((4099,), binary, reduction="none"),
@@ -148,4 +150,9 @@ CASES: list[Case] = [
     _cross_entropy((2, 21, 16, 15), indices_ignoring, "channels_last", reduction="none"),
     _cross_entropy((70, 33), indices, "transposed", reduction="mean"),
     _cross_entropy((0, 7), indices, reduction="sum"),
+    _gccs((257, 10), indices),
+    _gccs((257, 10), indices_ignoring, reduction="mean", target_mean=7.0, target_std=2.5),
+    _gccs((257, 10), indices_ignoring, reduction="none", kurtosis_weight=0.25),
+    _gccs((600, 131), indices, "transposed", reduction="none"),
+    _gccs((0, 7), indices, reduction="sum"),
 ]

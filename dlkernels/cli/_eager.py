@@ -118,3 +118,37 @@ def region_biased_loss(
     if mask is not None:
         loss = torch.where((mask & ~origin).any(1), loss, 0.0)
     return _reduce(loss, reduction, None, None)
+
+
+def gccs_loss(
+    features: Tensor,
+    labels: Tensor,
+    target_mean: float = 40.0,
+    target_std: float = 1.0,
+    kurtosis_weight: float = 0.0,
+    reduction: str = "sum",
+    ignore_index: int | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Means and variances of the classes from a one-hot matrix, gathered back to the rows."""
+    classes = features.shape[1]
+    one_hot = labels.unsqueeze(1) == torch.arange(classes, device=features.device)
+    if ignore_index is not None:
+        one_hot = one_hot & (labels != ignore_index).unsqueeze(1)
+        labels = torch.where(labels == ignore_index, 0, labels)
+    one_hot = one_hot.to(features.dtype)
+    count = one_hot.sum(0).unsqueeze(1)
+    n = count.clamp(min=1)
+    mean = one_hot.mT @ features / n
+    d = features - mean[labels]
+    v = one_hot.mT @ d.square() / n
+    s2 = target_std**2
+    target = target_mean * torch.eye(classes, dtype=features.dtype, device=features.device)
+    spread = torch.log(s2 / (v + eps)) - 1 + v / s2
+    loss = 0.5 * (torch.where(count > 1, spread, 0.0) + (mean - target).square() / s2).sum(1)
+    if kurtosis_weight > 0:
+        kurtosis = one_hot.mT @ d**4 / n / (v + eps).square()
+        loss = loss + torch.where(count[:, 0] > 1, kurtosis_weight * (kurtosis - 3).abs().mean(1), 0.0)
+    present = count[:, 0] > 0
+    loss = torch.where(present, loss, 0.0)
+    return loss if reduction == "none" else loss.sum() / (present.sum() if reduction == "mean" else 1)

@@ -24,6 +24,7 @@ LOSSES = {
     "softmax_focal_loss": ((4096, 1000), True),
     "cross_entropy": ((4096, 1000), True),
     "region_biased_loss": ((4096, 6), False),
+    "gccs_loss": ((8192, 100), True),
 }
 # Layer -> (default shape, least dimensions)
 LAYERS = {
@@ -65,6 +66,8 @@ def _loss(args: argparse.Namespace, device: str) -> Workload:
     indexed = indexed if args.targets == "auto" else args.targets == "index"
     if len(shape) < 2 and (indexed or not sigmoid):
         fail(f"--shape must have a class dimension, as 4096,1000, got {','.join(map(str, shape))}")
+    if args.what == "gccs_loss" and (len(shape) != 2 or not indexed):
+        fail("gccs_loss takes features N,D, as 8192,100, and class indices")
     generator = torch.Generator().manual_seed(0)
     x = (2 * torch.randn(shape, generator=generator)).to(device, dtype)
     if not indexed:

@@ -44,7 +44,7 @@ def gccs_loss(
 
     Args:
         features: z (N, D), D the number of classes; float32, float16, bfloat16 or float64, any strides.
-        labels: integers (N,) in [0, D); a negative one, or `ignore_index`, leaves its row out: no gradient, not counted.
+        labels: integers (N,) in [0, D). A negative one, or `ignore_index`, leaves its row out: gradient 0, not counted.
         target_mean: where the vertices lie on their axes. Choose it: the default is not verified against the paper.
         target_std: s > 0. The default is not verified against the paper.
         covariance: "diagonal", or "full": -log|Sigma_i + eps I| in place of -sum_d log(v_id + eps). It is plain PyTorch
@@ -126,7 +126,7 @@ def check_options(
     """The code of `covariance`, and the other options in the operators' order."""
     full = _checks.one_of("covariance", covariance, COVARIANCES)
     mean = _checks.number("target_mean", target_mean)
-    if not math.isfinite(mean):
+    if not -math.inf < mean < math.inf:
         raise ValueError(f"`target_mean` must be a finite number, got {target_mean}")
     std = _checks.number("target_std", target_std)
     if not 1e-150 <= std <= 1e150:  # its square, and the inverse of that, are numbers too

@@ -1,7 +1,7 @@
 """The GCCS loss on GPUs: rows sorted by class, then one program per class and slab of columns.
 
-Nothing waits for the device: the classes present are what the boundaries of the sorted labels say. Labels are few beside
-features: their sort and its boundaries are torch's.
+Nothing waits for the device: which classes are present, the boundaries of the sorted labels say there. Labels are few
+beside features: torch sorts them and finds the boundaries.
 """
 
 from __future__ import annotations

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels._traffic import eager_traffic, interpreter_traffic
-from dlkernels.triton import center_loss, focal_loss, group_norm, region_biased_loss, squeeze_excite, stored_grad
+from dlkernels.triton import (
+    center_loss,
+    focal_loss,
+    gccs_loss,
+    group_norm,
+    region_biased_loss,
+    squeeze_excite,
+    stored_grad,
+)
 
 MEAN = 1
 
@@ -101,6 +109,34 @@ def test_long_rows_are_read_twice_or_not_at_all(ignored: bool, monkeypatch: pyte
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
     rows = 2 if ignored else 3
     assert traffic.by_tensor["x"] == [2 * rows * c * 4 + rows * 4, 0]  # and the logit of the label
+
+
+def gccs_eager(z: Tensor, y: Tensor) -> Tensor:
+    """Means and variances of the classes by index_add, gathered back to the rows."""
+    classes = z.shape[1]
+    n = torch.bincount(y, minlength=classes)[:, None]
+    mean = torch.zeros(classes, classes).index_add(0, y, z) / n
+    v = torch.zeros(classes, classes).index_add(0, y, (z - mean[y]) ** 2) / n
+    return 0.5 * (-torch.log(v + 1e-5) - 1 + v + (mean - 40 * torch.eye(classes)) ** 2).sum()
+
+
+@pytest.mark.parametrize("ignored", (False, True))
+def test_gccs_moves_two_passes_and_two_from_the_cache(ignored: bool) -> None:
+    """Read z, write dz; a slab of a class is read twice more, to hit L2. Rows that are left out are only written."""
+    z, y = torch.randn(90, 130), torch.arange(90) % 3
+    counted = 60 if ignored else 90
+    with interpreter_traffic(z=z) as traffic:
+        _, grad, _ = gccs_loss.gccs_loss_fwd(z, y, 40.0, 1.0, 1e-5, 0.0, 1 if ignored else -100, MEAN, True, True)
+        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+    origins = (2 if ignored else 3) * 130 * 4  # the first row of each class
+    assert traffic.by_tensor == {"z": [3 * counted * 130 * 4 + origins, 0]}
+    least = (3 * counted + 90) * 130 * 4
+    x = z.detach().requires_grad_()
+    with eager_traffic() as eager:
+        gccs_eager(x, y).backward()
+    report(f"gccs, ignored {ignored}", traffic.total, least, eager.total)
+    assert least <= traffic.total <= 1.15 * least
+    assert eager.total > 2 * traffic.total
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
