@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_focal_loss
+import bench_gccs_loss
 import bench_group_norm
 import bench_squeeze_excite
 import bench_stochastic_depth
@@ -28,7 +29,8 @@ from torch import Tensor
 FAMILIES: list[Family] = [
     bench.FAMILY
     for bench in (
-        bench_focal_loss, bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth
+        bench_focal_loss, bench_gccs_loss, bench_group_norm, bench_squeeze_excite, bench_weight_norm,
+        bench_stochastic_depth,
     )
 ]  # fmt: skip
 
