@@ -21,7 +21,9 @@ BENCHMARKS = ROOT / "benchmarks"
 SAMPLES = Path(__file__).parent / "benchmark_samples"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_center_loss  # noqa: E402
 import bench_focal_loss  # noqa: E402
+import bench_gccs_loss  # noqa: E402
 import bench_group_norm  # noqa: E402
 import bench_region_biased_loss  # noqa: E402
 import bench_squeeze_excite  # noqa: E402
@@ -37,7 +39,9 @@ import timing  # noqa: E402
 FAMILY = bench_focal_loss.FAMILY
 DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_cases, *FAMILY.traffic_cases]
 LAYERS = [bench.FAMILY for bench in (bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth)]
+CENTERS, GCCS = bench_center_loss.FAMILY, bench_gccs_loss.FAMILY
 REGIONS = bench_region_biased_loss.FAMILY
+FAMILIES = [FAMILY, CENTERS, GCCS, REGIONS, *LAYERS]
 GROUPS = ("cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases")
 needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -61,7 +65,7 @@ def test_cases_declare_bytes(case: harness.Case) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("family", [FAMILY, REGIONS, *LAYERS], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
     names = [case.name for case in getattr(family, group)]
     assert names and len(names) == len(set(names))
@@ -70,7 +74,7 @@ def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
 def test_names_are_those_of_the_committed_results() -> None:
     """A renamed case could not be compared with what was measured before."""
     for path in (BENCHMARKS / "results").glob("*/*.json"):
-        bench = {family.name: family for family in (FAMILY, REGIONS, *LAYERS)}.get(path.stem)
+        bench = {family.name: family for family in FAMILIES}.get(path.stem)
         if bench is not None and path.parent.name != "local":
             measured = {record["name"] for record in json.loads(path.read_text())["records"]}
             assert measured <= {case.name for case in bench.selected("cuda", full=True)}, path
@@ -91,6 +95,15 @@ def test_minimal_bytes_of_region_biased_losses() -> None:
         x, *mask = harness.make_inputs(REGIONS, case, "cpu")
         assert x.dtype == case.dtype and x.requires_grad and all(len(set(row.tolist())) == len(row) for row in x)
         assert len(mask) == bool(case.option("mask")) and all(0 < m.float().mean() < 1 for m in mask)
+
+
+def test_minimal_bytes_of_gccs_losses() -> None:
+    gccs = bench_gccs_loss.gccs
+    assert GCCS.bytes(gccs((20, 5))) == 2 * 400 + 160 + 4, "features, gradient, labels, loss"
+    assert GCCS.bytes(gccs((20, 5), torch.bfloat16, "none")) == 360 + 20 + (360 + 20 + 200), "all read again"
+    for case in GCCS.gate_cases:
+        x, y = harness.make_inputs(GCCS, case, "cpu")
+        assert x.dtype == case.dtype and x.requires_grad and set(y.tolist()) <= set(range(case.shape[1]))
 
 
 @pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)
