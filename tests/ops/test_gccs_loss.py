@@ -370,9 +370,11 @@ def test_full_covariance_edges() -> None:
         loss = dk.gccs_loss(z, y, covariance="full", eps=eps, reduction="none")
         assert loss[[1, 3, 4]].tolist() == [0, 0, 0]
         assert relative_error(loss[2], dk.gccs_loss(z[2:], y[2:])) <= 1e-12
-        assert loss[0].isnan() if eps == 0 else relative_error(
-            loss[0], plain(z, y, covariance="full", eps=eps, reduction="none")[0]
-        ) < 1e-9
+        assert (
+            loss[0].isnan()
+            if eps == 0
+            else relative_error(loss[0], plain(z, y, covariance="full", eps=eps, reduction="none")[0]) < 1e-9
+        )
     assert dk.gccs_loss(z[:0], y[:0], covariance="full") == 0
 
 
