@@ -17,10 +17,10 @@ namespace dlkernels {
 template <size_t N>
 class StoredGradNode : public LightNode<N> {
  public:
-  at::Tensor stored;      // undefined for reduction="none"
-  bool stores = false;    // there was a stored gradient
-  double divisor = 1.0;   // of the reduction
-  bool dropped = false;   // the inputs are not kept
+  at::Tensor stored;     // undefined for reduction="none"
+  bool stores = false;   // there was a stored gradient
+  double divisor = 1.0;  // of the reduction
+  bool dropped = false;  // the inputs are not kept
 
   void release_variables() override {
     LightNode<N>::release_variables();
