@@ -38,6 +38,7 @@ struct Problem {
     args.features = features.const_data_ptr();
     args.order = groups.order.data();
     args.segments = groups.segments.data();
+    args.present = present();
     args.classes = classes;
     args.target_mean = options.target_mean;
     args.target_std = options.target_std;

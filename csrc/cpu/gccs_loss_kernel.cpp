@@ -22,12 +22,16 @@ struct GccsSlab {
   using A = typename Lanes<T>::scalar;
   using V = typename Lanes<T>::vec;
   static constexpr int kMoments = kKurtosis ? 3 : 1;
-  static constexpr int64_t kAhead = 8;  // rows between a prefetch and its use
+  // Rows between a prefetch and its use in a class of many rows; in one of few, the next task's rows are fetched.
+  static constexpr int64_t kAhead = 8, kFew = 64;
 
   const GccsArgs& args;
   const int32_t* rows;
   int64_t n, label, first, width;
   const T* x;  // column `first` of row 0
+  const int32_t* next_rows;
+  const T* next_x;  // of the task after this one
+  int64_t next_n;   // 0 where there is none
 
   // Read by whole vectors from any column on: one more than a slab has.
   static constexpr int64_t kPadded = kGccsSlab + kFloatLanes;
@@ -44,12 +48,27 @@ struct GccsSlab {
         label(s.label),
         first(slab * kGccsSlab),
         width(a.classes - first < kGccsSlab ? a.classes - first : kGccsSlab),
-        x(static_cast<const T*>(a.features) + first) {}
+        x(static_cast<const T*>(a.features) + first),
+        next_rows(rows),
+        next_x(x + kGccsSlab),
+        next_n(n) {
+    if (slab + 1 < a.slabs()) return;
+    const bool last = &s + 1 == a.segments + a.present;
+    next_rows += n;
+    next_x = static_cast<const T*>(a.features);
+    next_n = last ? 0 : (&s)[1].end - (&s)[1].begin;
+  }
 
   DL_INLINE const T* row(int64_t i) const { return x + rows[i] * args.classes; }
 
   // z of a row relative to the class's mean (to its first row, as long as `mean` is 0).
   DL_INLINE V centred(V z, int64_t c) const { return (z - load(origin + c)) - load(mean + c); }
+
+  // A slab comes from memory once: whole rows, ahead of their use.
+  DL_INLINE void fetch(int64_t i) const {
+    if (n <= kFew && i < next_n) prefetch(next_x + next_rows[i] * args.classes, width);
+    if (n > kFew && i + kAhead < n) prefetch(row(i + kAhead), width);
+  }
 
   // total += the sums of rows [begin, end) over kVectors vectors of columns from c on; one vector may be partial.
   template <bool kMean, int kVectors>
@@ -59,8 +78,7 @@ struct GccsSlab {
     for (int m = 0; m < kCount; ++m)
       for (int v = 0; v < kVectors; ++v) sums[m][v] = splat<V>(0);
     for (int64_t i = begin; i < end; ++i) {
-      // The slab comes from memory once: whole rows ahead of their first vectors.
-      if (kMean && c == 0 && i + kAhead < n) prefetch(row(i + kAhead), width);
+      if (kMean && c == 0) fetch(i);
       const T* p = row(i) + c;
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = c + v * kWidth;

@@ -15,10 +15,10 @@ constexpr int64_t kGccsSlab = 256;  // columns per task
 
 struct GccsArgs {
   Float dtype;
-  const void* features;     // [N, D]
-  const int32_t* order;     // [counted] rows, grouped by class
-  const Segment* segments;  // [classes present]
-  int64_t classes;          // D
+  const void* features;      // [N, D]
+  const int32_t* order;      // [counted] rows, grouped by class
+  const Segment* segments;   // [classes present]
+  int64_t present, classes;  // D
   double target_mean, target_std, eps, kurtosis_weight;
   double* partial;          // [classes present, slabs] losses, or nullptr
   void* grad;               // [N, D] in the features' dtype, or nullptr; rows that do not count are not written

@@ -48,7 +48,8 @@ def gccs_loss(
         target_mean: where the vertices lie on their axes. Choose it: the default is not verified against the paper.
         target_std: s > 0. The default is not verified against the paper.
         covariance: "diagonal", or "full": -log|Sigma_i + eps I| in place of -sum_d log(v_id + eps). It is plain PyTorch
-            on every backend, one Cholesky factorisation per class: memory O(N D + D^2), time O(N D^3).
+            on every backend, one Cholesky factorisation per class: memory O(N D + D^2) (under torch.func and
+            torch.compile D times that), time O(N D^3). A matrix that is not positive definite gives NaN.
         kurtosis_weight: >= 0, with covariance="diagonal" only. The form of this term and its weight are not verified
             against the paper.
         reduction: "sum" over the classes present, "mean" over them, or "none": (D,), 0 for a class without rows.

@@ -67,7 +67,7 @@ void loss_case(const GccsLossKernels& k, Float type, int64_t n, int64_t classes,
   g.fill(0.5, 1.5);
   GccsArgs a{};
   a.dtype = type, a.features = z.data(), a.order = groups.order.data(), a.segments = groups.segments.data();
-  a.classes = classes;
+  a.present = present, a.classes = classes;
   a.target_mean = 2.5, a.target_std = 1.25, a.eps = 1e-2, a.kurtosis_weight = kurtosis ? 0.7 : 0;
   a.grad = dz.data(), a.grad_scale = 0.5, a.stream = past_caches;
   std::vector<double> partial(present * a.slabs());
