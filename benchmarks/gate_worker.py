@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_center_loss
 import bench_focal_loss
 import bench_group_norm
 import bench_region_biased_loss
@@ -29,8 +30,8 @@ from torch import Tensor
 FAMILIES: list[Family] = [
     bench.FAMILY
     for bench in (
-        bench_focal_loss, bench_region_biased_loss, bench_group_norm, bench_squeeze_excite, bench_weight_norm,
-        bench_stochastic_depth,
+        bench_focal_loss, bench_center_loss, bench_region_biased_loss, bench_group_norm, bench_squeeze_excite,
+        bench_weight_norm, bench_stochastic_depth,
     )
 ]  # fmt: skip
 
