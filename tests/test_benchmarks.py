@@ -21,6 +21,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SAMPLES = Path(__file__).parent / "benchmark_samples"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_center_loss  # noqa: E402
 import bench_focal_loss  # noqa: E402
 import bench_group_norm  # noqa: E402
 import bench_region_biased_loss  # noqa: E402
@@ -38,6 +39,7 @@ FAMILY = bench_focal_loss.FAMILY
 DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_cases, *FAMILY.traffic_cases]
 LAYERS = [bench.FAMILY for bench in (bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth)]
 REGIONS = bench_region_biased_loss.FAMILY
+CENTERS = bench_center_loss.FAMILY
 GROUPS = ("cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases")
 needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -61,7 +63,7 @@ def test_cases_declare_bytes(case: harness.Case) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("family", [FAMILY, REGIONS, *LAYERS], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [FAMILY, CENTERS, REGIONS, *LAYERS], ids=lambda family: family.name)
 def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
     names = [case.name for case in getattr(family, group)]
     assert names and len(names) == len(set(names))
@@ -70,7 +72,7 @@ def test_names_tell_cases_apart(family: harness.Family, group: str) -> None:
 def test_names_are_those_of_the_committed_results() -> None:
     """A renamed case could not be compared with what was measured before."""
     for path in (BENCHMARKS / "results").glob("*/*.json"):
-        bench = {family.name: family for family in (FAMILY, REGIONS, *LAYERS)}.get(path.stem)
+        bench = {family.name: family for family in (FAMILY, CENTERS, REGIONS, *LAYERS)}.get(path.stem)
         if bench is not None and path.parent.name != "local":
             measured = {record["name"] for record in json.loads(path.read_text())["records"]}
             assert measured <= {case.name for case in bench.selected("cuda", full=True)}, path
@@ -91,6 +93,20 @@ def test_minimal_bytes_of_region_biased_losses() -> None:
         x, *mask = harness.make_inputs(REGIONS, case, "cpu")
         assert x.dtype == case.dtype and x.requires_grad and all(len(set(row.tolist())) == len(row) for row in x)
         assert len(mask) == bool(case.option("mask")) and all(0 < m.float().mean() < 1 for m in mask)
+
+
+def test_minimal_bytes_of_center_losses() -> None:
+    """Features, their gradient, labels, the centers of the classes that can be present, the loss."""
+    case, x = bench_center_loss.case, 4 * 10 * 6
+    assert CENTERS.bytes(case("center_loss", (10, 6), 4)) == 2 * x + 80 + 4 * 24 + 4
+    assert CENTERS.bytes(case("center_loss", (10, 6), 400, update=True)) == 2 * x + 80 + 2 * x + 4, "ten of them move"
+    assert CENTERS.bytes(case("sparse_center_loss", (10, 6), 4)) == 4 * x + 80 + 4 * 24 + 4
+    pairs = case("island_loss", (10, 6), 400)
+    assert CENTERS.bytes(pairs) == 2 * x + 2 * (80 + 4 * 2400 + 4) + x + 4 * 2400, "all read twice, a gradient in all"
+    for case in CENTERS.gate_cases:
+        tensors = harness.make_inputs(CENTERS, case, "cpu")
+        learning = [t for t in tensors if t.requires_grad]
+        assert len(learning) == CENTERS.grads(case) and learning[0] is tensors[0] and tensors[0].dtype == case.dtype
 
 
 @pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)

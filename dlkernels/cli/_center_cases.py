@@ -30,7 +30,7 @@ class CenterCase:
     op: str
     shape: tuple[int, int]
     classes: int
-    attention: str = ""  # "", "weights", "logits" or "pairs", logits (N, D, 2)
+    attention: str = ""  # "", "weights" or "logits"
     extras: tuple[str, ...] = ()
     layout: str = "contiguous"  # contiguous or transposed
     options: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class CenterCase:
         if self.attention == "weights":
             a = torch.rand(self.shape, generator=generator)
         elif self.attention:
-            a = 2 * randn(self.shape if self.attention == "logits" else (*self.shape, 2))
+            a = 2 * randn(self.shape)
         c = c.to(device, torch.float32 if "float32" in self.extras else dtype)
         return x.to(device, dtype), y.to(device), c, None if a is None else a.to(device, dtype)
 
@@ -67,7 +67,7 @@ class CenterCase:
         options = dict(self.options)
         if "ignored" in self.extras:
             options["ignore_index"] = -100
-        if self.attention in ("logits", "pairs"):
+        if self.attention == "logits":
             options["attention_logits"] = True
         inputs = {"attention": a, "centers": c if "centers" in self.extras or self.op == UPDATE else None}
         inputs = {name: t for name, t in inputs.items() if t is not None}
@@ -134,7 +134,6 @@ CASES: list[CenterCase] = [
     _sparse((129, 33), 10, "ignored", "centers", attention="weights", reduction="sum"),
     _sparse((129, 33), 10, "float32", attention="logits"),
     _sparse((65, 40), 7, "ignored", "centers", attention="logits", reduction="none"),
-    _sparse((65, 40), 7, "centers", attention="pairs"),
     _island((129, 33), 10, "centers"),
     _island((129, 33), 10, "ignored", "centers", "float32", island_weight=0.5, reduction="sum"),
     _island((65, 40), 131, "ignored", "centers", island_weight=0.01, reduction="none"),
@@ -144,7 +143,7 @@ CASES: list[CenterCase] = [
     _update((257, 33), 1, "float32"),
     _update((33, 40), 700, "float32", alpha=1.0, ema=True),
     _update((129, 33), 10, "ignored", "float32", attention="weights"),
-    _update((129, 33), 10, "float32", attention="pairs"),
+    _update((129, 33), 10, "float32", attention="logits"),
     _update((129, 33), 10, "float32", island_weight=10.0),
     _update((0, 7), 3),
 ]

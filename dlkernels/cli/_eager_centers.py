@@ -19,10 +19,7 @@ def _kept(labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | No
 
 
 def _attention(attention: Tensor, logits: bool) -> Tensor:
-    """Of logits the sigmoid, or the softmax over two values per feature."""
-    if not logits:
-        return attention
-    return torch.softmax(attention, 2)[..., 1] if attention.dim() == 3 else torch.sigmoid(attention)
+    return torch.sigmoid(attention) if logits else attention
 
 
 def _reduce(loss: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
