@@ -56,6 +56,13 @@ def non_negative(name: str, value: Any) -> float:
     return x
 
 
+def finite(name: str, value: Any) -> float:
+    x = number(name, value)
+    if not -math.inf < x < math.inf:
+        raise ValueError(f"`{name}` must be a finite number, got {value}")
+    return x
+
+
 def in_unit_interval(name: str, value: Any) -> float:
     x = number(name, value)
     if not 0.0 <= x <= 1.0:

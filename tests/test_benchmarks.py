@@ -106,6 +106,20 @@ def test_minimal_bytes_of_gccs_losses() -> None:
         assert x.dtype == case.dtype and x.requires_grad and set(y.tolist()) <= set(range(case.shape[1]))
 
 
+def test_minimal_bytes_of_center_losses() -> None:
+    """Features, their gradient, labels, the centers of the classes that can be present, the loss."""
+    case, x = bench_center_loss.case, 4 * 10 * 6
+    assert CENTERS.bytes(case("center_loss", (10, 6), 4)) == 2 * x + 80 + 4 * 24 + 4
+    assert CENTERS.bytes(case("center_loss", (10, 6), 400, update=True)) == 2 * x + 80 + 2 * x + 4, "ten of them move"
+    assert CENTERS.bytes(case("sparse_center_loss", (10, 6), 4)) == 4 * x + 80 + 4 * 24 + 4
+    pairs = case("island_loss", (10, 6), 400)
+    assert CENTERS.bytes(pairs) == 2 * x + 2 * (80 + 4 * 2400 + 4) + x + 4 * 2400, "all read twice, a gradient in all"
+    for case in CENTERS.gate_cases:
+        tensors = harness.make_inputs(CENTERS, case, "cpu")
+        learning = [t for t in tensors if t.requires_grad]
+        assert len(learning) == CENTERS.grads(case) and learning[0] is tensors[0] and tensors[0].dtype == case.dtype
+
+
 @pytest.mark.parametrize("family", LAYERS, ids=lambda family: family.name)
 def test_layers_declare_bytes(family: harness.Family) -> None:
     """Every tensor that must be read or written at least once; the name says what kind of case it is."""

@@ -18,12 +18,14 @@ import dlkernels as dk
 from dlkernels.__main__ import main
 from dlkernels.cli import _demo_model, _demo_parts, _profile_bytes
 from dlkernels.cli._budget import Sample, compare, value_and_grads
+from dlkernels.cli._center_cases import CenterCase, training_step
 from dlkernels.cli._layer_cases import LayerCase
 from dlkernels.cli.check import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
 LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy", "region_biased_loss", "gccs_loss")
+CENTERS = ("center_loss", "sparse_center_loss", "island_loss", "update_centers_")
 LAYERS = ("group_norm", "squeeze_excite", "weight_norm", "stochastic_depth")
 
 
@@ -79,7 +81,7 @@ def test_check() -> None:
     result = cli("check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"PASS: {3 * len(CASES)} cases, 0 failures" in result.stdout
-    for op in (*LOSSES, *LAYERS):
+    for op in (*LOSSES, *CENTERS, *LAYERS):
         assert op in result.stdout
 
 
@@ -124,6 +126,38 @@ def test_layer_cases_differentiate_everything(case: LayerCase) -> None:
         assert all(g.abs().max() > 0 for g in grads)
     if case.layout != "contiguous":
         assert not sample.x.is_contiguous()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op in CENTERS], ids=lambda c: f"{c.op} {c.name}")
+def test_center_cases_differentiate_or_move(case: CenterCase) -> None:
+    """Features, attention and, where the case says so, centers have gradients; the update has none and moves them."""
+    sample = case.sample(torch.float64, "cpu", 0)
+    inputs = (sample.x, *sample.parameters)
+    out, *grads = value_and_grads(sample.eager, inputs, sample.grad_output)
+    if case.op == "update_centers_":
+        assert not grads and out.shape == (case.classes, case.shape[1])
+        assert (out != sample.parameters[-1]).any() == (sample.x.numel() > 0), "of a copy: the draw itself stays"
+        return
+    assert len(grads) == 1 + bool(case.attention) + ("centers" in case.extras)
+    assert sample.x.numel() == 0 or all(g.abs().max() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("fault", ["nothing moves", "a gradient is missing"])
+def test_check_fails_on_a_wrong_center_loss(
+    fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update has no gradients to compare, but a loss that has lost its own is not taken for one."""
+    right = dk.center_loss
+    if fault == "nothing moves":
+        wrong, whole = "update_centers_", "center_loss"
+        monkeypatch.setattr(dk, wrong, lambda centers, *a, **k: centers)
+    else:
+        wrong, whole = "center_loss", "update_centers_"
+        monkeypatch.setattr(dk, wrong, lambda *a, **k: right(*a, **k).detach())
+    options = ["--device", "cpu", "--dtype", "float32", "--op", "center_loss", "--op", "update_centers_"]
+    assert main(["check", *options]) == 1
+    printed = capsys.readouterr().out
+    assert f"FAIL {wrong} on cpu, float32: 257x33 K=10" in printed and f"FAIL {whole}" not in printed
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf", "one element", "shape"])
@@ -206,6 +240,40 @@ def test_profile_gccs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 
 
 @pytest.mark.needs("cpp")
+@pytest.mark.parametrize(
+    ("op", "least", "kernels"),
+    [
+        ("center_loss", "9.85 kB", "regex:center_rows "),
+        ("sparse_center_loss", "17.8 kB", "regex:center_rows "),
+        ("island_loss", "9.85 kB", "'regex:center_rows|island' "),
+    ],
+)
+def test_profile_a_center_loss(
+    op: str, least: str, kernels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """4 x 1000 features and as many gradients, 8 x 100 labels, 4 x 260 centers, loss, divisor; attention twice too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--shape", "100,10", "--classes", "26", "--eager", "--steps", "2", "--out", str(tmp_path)]
+    assert main(["profile", op, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{op} of 100x10 K=26 reduction=mean with the centers' update float32")
+    assert "eager step" in printed and kernels in printed and "--classes 26" in printed
+    assert least in next(line for line in printed.splitlines() if "dlkernels::center_loss_fwd" in line)
+
+
+@pytest.mark.parametrize("op", ["center_loss", "sparse_center_loss", "island_loss"])
+def test_profiled_center_losses_take_the_same_steps(op: str) -> None:
+    """Loss after loss, fused and eager agree: the centers of both have moved alike."""
+    _, sample = training_step(op, (20, 6), 5, "mean", torch.float32, "cpu")
+    inputs = (sample.x, *sample.parameters)
+    losses = [(sample.fused(*inputs), sample.eager(*inputs)) for _ in range(3)]
+    for fused, eager in losses:
+        torch.testing.assert_close(fused, eager, rtol=1e-5, atol=0)
+    assert abs(losses[0][0] - losses[2][0]) > 0.01 * losses[0][0]
+
+
+@pytest.mark.needs("cpp")
 def test_profile_names_the_op_and_its_bytes(tmp_path: Path) -> None:
     """4 x 6400 logits, 8 x 64 labels, 4 x 6400 gradient, loss and divisor: 51720 bytes."""
     result = cli("profile", "cross_entropy", "--shape", "64,100", "--steps", "3", "--out", str(tmp_path))
@@ -255,7 +323,8 @@ def test_dropped_rows_move_nothing() -> None:
 def test_kernel_patterns() -> None:
     ops = ["softmax_focal_loss_fwd", "softmax_focal_loss_bwd", "scale_stored_grad"]
     assert _profile_bytes.kernel_pattern(ops) == "softmax_focal"
-    assert _profile_bytes.kernel_pattern(["center_loss_fwd"]) == "center_loss"
+    assert _profile_bytes.kernel_pattern(["gccs_loss_fwd"]) == "gccs_loss"
+    assert _profile_bytes.kernel_pattern(["center_loss_fwd", "update_centers_"]) == "center_rows|segments|merge"
 
 
 # demo -----------------------------------------------------------------------------------------------------------------
@@ -354,6 +423,12 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("profile", "region_biased_loss", "--shape", "5"), "--shape must be N,R, as 4096,6, got 5"),
         (("profile", "region_biased_loss", "--targets", "index"), "region_biased_loss has none"),
         (("profile", "gccs_loss", "--targets", "dense"), "gccs_loss takes features N,D"),
+        (("profile", "center_loss", "--shape", "5"), "center_loss takes features N,D, as 4096,128"),
+        (("profile", "island_loss", "--classes", "0"), "expected a number of at least 1, got '0'"),
+        (
+            ("profile", "cross_entropy", "--classes", "5"),
+            "--classes is of center_loss, sparse_center_loss, island_loss",
+        ),
         (("profile", "group_norm", "--shape", "5"), "--shape must have at least 2 dimensions, got 5"),
         (("profile", "weight_norm", "--reduction", "sum"), "weight_norm has neither"),
         (("profile", "group_norm", "--shape", "2,8", "--layout", "channels_last"), "needs four or five dimensions"),

@@ -42,9 +42,14 @@ class Parity:
 def value_and_grads(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The value, and its gradient in every input. `grad_output` is cast to the value's dtype; scalars start at 1."""
+    """The value, and its gradient in every input, or the value alone where it has none, as of an update in place.
+
+    `grad_output` is cast to the value's dtype; scalars start at 1.
+    """
     inputs = tuple(t.detach().requires_grad_(True) for t in inputs)
     out = function(*inputs)
+    if not out.requires_grad:
+        return (out,)
     seed = None if grad_output is None or out.dim() == 0 else grad_output.to(out.dtype)
     return out.detach(), *torch.autograd.grad(out, inputs, seed)
 
@@ -73,4 +78,4 @@ def compare(samples: Iterable[Sample]) -> tuple[Parity, Parity]:
             part.eager_error = max(part.eager_error, relative_error(p, e))
             part.allowed = max(part.allowed, error_budget(e, p, f.dtype, scalar=i == 0 and f.dim() == 0))
     value, *grads = parts
-    return value, max(grads, key=lambda parity: parity.ratio)
+    return value, max(grads, key=lambda parity: parity.ratio, default=Parity())

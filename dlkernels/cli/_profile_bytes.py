@@ -39,6 +39,11 @@ KERNELS = {
     "softmax_focal_loss": "softmax_focal",
     "cross_entropy": "softmax_focal",
     "scale_stored_grad": "scale",
+    "center_loss": "center_rows",
+    "sparse_center_loss": "center_rows",
+    "update_centers_": "segments|merge",
+    "island_loss": "center_rows|island",
+    "island_pairs": "island",
 }
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import dlkernels as dk
 
-from . import _eager, _layer_cases, _region_cases, fail, need
+from . import _center_cases, _eager, _layer_cases, _region_cases, fail, need
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Loss -> (default shape, does it take class indices by default)
@@ -25,7 +25,9 @@ LOSSES = {
     "cross_entropy": ((4096, 1000), True),
     "region_biased_loss": ((4096, 6), False),
     "gccs_loss": ((8192, 100), True),
+    **dict.fromkeys(_center_cases.MODULES, ((4096, 128), True)),
 }
+CLASSES = 100  # of the center losses, whose features do not tell
 # Layer -> (default shape, least dimensions)
 LAYERS = {
     "group_norm": ((8, 256, 28, 28), 2),
@@ -46,6 +48,8 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace, device: str) -> Workload:
+    if args.classes is not None and args.what not in _center_cases.MODULES:
+        fail(f"--classes is of {', '.join(_center_cases.MODULES)}")
     if args.what in LOSSES:
         return _loss(args, device)
     if args.what in LAYERS:
@@ -62,6 +66,8 @@ def _loss(args: argparse.Namespace, device: str) -> Workload:
     shape, dtype = args.shape or default, DTYPES[args.dtype]
     if args.what == "region_biased_loss":
         return _region_loss(args, shape, device)
+    if args.what in _center_cases.MODULES:
+        return _center_step(args, shape, device)
     sigmoid = args.what.startswith("sigmoid")
     indexed = indexed if args.targets == "auto" else args.targets == "index"
     if len(shape) < 2 and (indexed or not sigmoid):
@@ -94,6 +100,16 @@ def _region_loss(args: argparse.Namespace, shape: tuple[int, ...], device: str) 
     sample = case.sample(DTYPES[args.dtype], device, seed=0)
     name = f"{args.what} of {case.name} {args.dtype}"
     return Workload(name, *(_op_step(function, (sample.x,)) for function in (sample.fused, sample.eager)))
+
+
+def _center_step(args: argparse.Namespace, shape: tuple[int, ...], device: str) -> Workload:
+    if len(shape) != 2 or args.targets == "dense":
+        fail(f"{args.what} takes features N,D, as 4096,128, and class indices")
+    options = (args.classes or CLASSES, args.reduction, DTYPES[args.dtype], device)
+    name, sample = _center_cases.training_step(args.what, shape, *options)
+    inputs = (sample.x, *sample.parameters)
+    name = f"{args.what} of {name} {args.dtype}"
+    return Workload(name, *(_op_step(function, inputs) for function in (sample.fused, sample.eager)))
 
 
 def _layer(args: argparse.Namespace, device: str) -> Workload:

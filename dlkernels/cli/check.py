@@ -14,6 +14,8 @@ from . import available_devices, print_table, quiet
 from ._budget import Parity, compare
 from ._cases import CASES as LOSS_CASES
 from ._cases import Case
+from ._center_cases import CASES as CENTER_CASES
+from ._center_cases import CenterCase
 from ._layer_cases import CASES as LAYER_CASES
 from ._layer_cases import LayerCase
 from ._region_cases import CASES as REGION_CASES
@@ -21,7 +23,8 @@ from ._region_cases import RegionCase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEEDS = (0, 1, 2)
-CASES: list[Case | RegionCase | LayerCase] = [*LOSS_CASES, *REGION_CASES, *LAYER_CASES]
+AnyCase = Case | CenterCase | RegionCase | LayerCase
+CASES: list[AnyCase] = [*LOSS_CASES, *CENTER_CASES, *REGION_CASES, *LAYER_CASES]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 EXAMPLES = """\
 examples:
@@ -32,6 +35,7 @@ examples:
 The budget of a result (dlkernels.testing.error_budget): its relative error against float64, in the 2-norm, may be
 twice that of plain PyTorch in the same dtype plus 4 eps of the result's dtype; 8 eps for scalar losses. Of a layer, the
 gradients of the input and of every parameter are held to it; the table shows the one that uses most of its budget.
+An update in place has no gradients: its value is the tensor that it leaves.
 """
 
 
@@ -39,7 +43,7 @@ gradients of the input and of every parameter are held to it; the table shows th
 class Result:
     """One case in one dtype: parity of the value and of its gradients, or the exception that it raised."""
 
-    case: Case | RegionCase | LayerCase
+    case: AnyCase
     value: Parity = field(default_factory=Parity)
     grad: Parity = field(default_factory=Parity)
     problem: str = ""
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def run_case(case: Case | RegionCase | LayerCase, dtype_name: str, device: str) -> Result:
+def run_case(case: AnyCase, dtype_name: str, device: str) -> Result:
     try:
         return Result(case, *compare(case.sample(DTYPES[dtype_name], device, seed) for seed in SEEDS))
     except Exception as error:  # a broken op must not hide the others
@@ -108,6 +112,8 @@ def _row(group: list[Result], op: str, device: str, dtype_name: str, verbose: bo
     value = max((r.value for r in group), key=lambda parity: parity.ratio)
     grad = max((r.grad for r in group), key=lambda parity: parity.ratio)
     numbers = (f"{value.error:.1e}", f"{value.ratio:.2f}", f"{grad.error:.1e}", f"{grad.ratio:.2f}")
+    if grad == Parity():  # none, or none with an element
+        numbers = (*numbers[:2], "-", "-")
     if all(r.problem for r in group):
         numbers = ("-",) * 4
     result = "FAIL" if any(r.failed for r in group) else "PASS"

@@ -16,7 +16,7 @@ from .. import _backend
 from ..testing import num_threads
 from . import fail, format_bytes, format_time, print_table, quiet
 from ._profile_bytes import bytes_per_step, kernel_pattern
-from ._workloads import DTYPES, LAYERS, LOSSES, OPS, Workload, make_workload
+from ._workloads import CLASSES, DTYPES, LAYERS, LOSSES, OPS, Workload, make_workload
 
 WARMUP = 3
 EXAMPLES = """\
@@ -60,6 +60,7 @@ def add_parser(commands: Any) -> None:
     add("--targets", default="auto", choices=("auto", "dense", "index"),
         help="of a loss: dense floats like the logits, or class indices; auto: what people use with it")  # fmt: skip
     add("--reduction", default="mean", choices=("none", "mean", "sum"), help="of a loss (default: %(default)s)")
+    add("--classes", type=_count, help=f"centers of a center loss (default: {CLASSES})")
     add("--device", choices=("cpu", "cuda"), help="default: CUDA when it is visible, else the CPU")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s, which neighbours disturb least)")
     add("--steps", type=int, default=20, help="profiled steps, after a warm-up (default: %(default)s)")
@@ -223,6 +224,7 @@ def ncu_command(args: argparse.Namespace, moved: Iterable[str]) -> str:
         own += [option, ",".join(map(str, shape))] if shape else []
     if args.what in LOSSES:
         own += ["--targets", args.targets, "--reduction", args.reduction]
+        own += ["--classes", str(args.classes)] if args.classes else []
     elif args.what in LAYERS:
         own += ["--layout", args.layout]
     own += ["--steps", "3", "--nvtx"]
@@ -230,6 +232,12 @@ def ncu_command(args: argparse.Namespace, moved: Iterable[str]) -> str:
     ncu = ["ncu", "--clock-control", "none", "--kernel-name", f"regex:{kernel_pattern(names)}"]
     ncu += ["--launch-skip", str(WARMUP), "--launch-count", "2", "--metrics", ",".join(METRICS)]
     return f"{shlex.join(ncu)} \\\n    {shlex.join(own)}"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops.region_biased_loss import NORMALIZE, check_mask, finite, region_biased_loss
+from ..ops.region_biased_loss import NORMALIZE, check_mask, region_biased_loss
 
 
 class RegionBiasedLoss(nn.Module):
@@ -31,7 +31,7 @@ class RegionBiasedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.origin_index = _checks.integer("origin_index", origin_index)
-        self.margin = finite("margin", margin)
+        self.margin = _checks.finite("margin", margin)
         _checks.one_of("normalize", normalize, NORMALIZE)
         _checks.reduction_code(reduction)
         self.normalize = normalize

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from .. import _checks
 from .._library import is_compiling, transforms_active
+from ..reference._activation import compute
 
 
 def is_sharded(centers: Tensor) -> bool:
@@ -21,10 +22,11 @@ def is_sharded(centers: Tensor) -> bool:
 
 
 def attention_of(features: Tensor, attention: Tensor, logits: bool) -> Tensor:
-    """Attention (N, D), checked; logits (N, D, 2) become their difference."""
+    """Attention (N, D), checked; logits (N, D, 2) become their difference, in float32 (float64)."""
     _checks.floating("attention", attention)
     _checks.floating("features", features)
     if logits and attention.dim() == 3 and attention.shape[2:] == (2,):
+        attention = compute(attention)  # half precision would round the difference
         attention = attention[..., 1] - attention[..., 0]
     _checks.parameter("attention", attention, tuple(features.shape), "(N, D)", "features", features)
     if not logits and not is_quiet(attention) and bool(((attention < 0) | (attention > 1)).any()):

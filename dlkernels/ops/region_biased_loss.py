@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -72,7 +69,7 @@ def region_biased_loss(
 
     code = _checks.reduction_code(reduction)
     softmax = _checks.one_of("normalize", normalize, NORMALIZE) == 1
-    margin = finite("margin", margin)
+    margin = _checks.finite("margin", margin)
     _check_attention(attention)
     regions = attention.shape[1]
     origin = _checks.integer("origin_index", origin_index)
@@ -93,13 +90,6 @@ def region_biased_loss(
         return rows.sum() / torch.sym_max(rows.shape[0], 1) if reduction == "mean" else rows.sum()
     need_grad = code != NONE and wants_grad(attention)
     return RegionBiasedLoss.call(attention, mask, origin, margin, softmax, code, need_grad, higher_order)[0]
-
-
-def finite(name: str, value: Any) -> float:
-    x = _checks.number(name, value)
-    if not math.isfinite(x):
-        raise ValueError(f"`{name}` must be a finite number, got {value}")
-    return x
 
 
 def _check_attention(attention: Tensor) -> None:
