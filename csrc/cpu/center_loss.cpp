@@ -121,7 +121,7 @@ struct CenterProblem {
   void write_grads_to(const at::Tensor& dx, const at::Tensor& dattention) {
     args.dx = written(dx);
     args.dattention = written(dattention);
-    args.stream = dx.defined() && static_cast<int64_t>(dx.nbytes()) > kStreamBytes;
+    args.stream = dx.defined() && static_cast<int64_t>(dx.nbytes()) > kStreamLayerBytes;
   }
 };
 
