@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -29,6 +30,7 @@ def specialisations() -> dict[str, Any]:
     """Each kernel in float32 and bfloat16; attention of every kind; every use of a class's sum."""
     import triton.language as tl
 
+    from dlkernels.triton import _center_loss_atomics as atomics
     from dlkernels.triton import _center_loss_island as island
     from dlkernels.triton import _center_loss_rows as kernels
     from dlkernels.triton import _center_loss_segments as segments
@@ -73,6 +75,16 @@ def specialisations() -> dict[str, Any]:
         "BLOCK_S": segments.MERGE_BLOCK,
     }  # fmt: skip
     cases["center merge update float32"] = _case(segments.merge_kernel, "float32", merge, 8, {"ldg": 1})
+    tile = {**vector, "BLOCK_R": 16, "BLOCK_D": 128}
+    for dtype, out in (("float32", 1), ("bfloat16", 0)):
+        rows_of = {**tile, "ATTENTION": 2 * out, "OUT": out}
+        cases[f"center atomic rows {dtype}"] = _case(
+            atomics.atomic_rows_kernel, dtype, rows_of, 4, {"ldg": 2}, count_ptr="*i32", sum_ptr="*fp32"
+        )  # fmt: skip
+        apply = {**tile, "OUT": out, "EMA": False}
+        cases[f"center atomic apply {dtype}"] = _case(
+            atomics.atomic_apply_kernel, dtype, apply, 4, {"ldg": 1, "stg": 1}, count_ptr="*i32", sum_ptr="*fp32"
+        )  # fmt: skip
     count = {"MERGE": False, "FINAL": False, "BLOCK": center_loss.COUNT_BLOCK, "ACC": tl.float32}
     cases["center count"] = _case(kernels.count_rows_kernel, "float32", count, 8, {}, out_ptr="*i64")
 
@@ -109,8 +121,11 @@ def bind() -> None:
         center_loss.center_loss_fwd(x, y, c, x, True, -n, 1, True, True)
         center_loss.center_loss_bwd(x[:, 0].contiguous(), x, y, c, None, False, -n, True)
         center_loss.island_pairs_bwd(c[0, 0], c, *center_loss.island_pairs_fwd(c)[1:])
-        for weight in (0.0, alpha):
-            center_loss.update_centers_(c, x, y, None, False, alpha, False, weight, -n)
+        for atomics in ("0", "1"):
+            os.environ["DLKERNELS_ATOMICS"] = atomics
+            for weight in (0.0, alpha):
+                center_loss.update_centers_(c, x, y, None, False, alpha, False, weight, -n)
+        os.environ["DLKERNELS_ATOMICS"] = "0"
 
 
 # Binaries of one dtype that `bind` makes of each kernel.
@@ -118,6 +133,8 @@ BINARIES = {
     "center_rows_kernel": 3,  # forward without and with attention, backward
     "segments_kernel": 3,  # gradient, update, step
     "merge_kernel": 3,
+    "atomic_rows_kernel": 2,  # update, step
+    "atomic_apply_kernel": 2,
     "island_sums_kernel": 1,
     "island_rows_kernel": 2,  # gradient, update
     "island_value_kernel": 1,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _center_loss_atomics as atomics
 from ._center_loss_rows import ATTENTION_NONE, attention_pair, counts
 from ._common import accumulator, number, scalar
 
@@ -244,6 +245,11 @@ def class_sums(
     """Write what out_kind says of every class that has rows; the others' rows of `out` stay as they are."""
     (n, d), k = x.shape, centers.shape[0]
     if n == 0 or k == 0 or d == 0:
+        return
+    if atomics.allowed(n, k):
+        atomics.atomic_class_sums(
+            x, labels, centers, attention, kind, g, out, slot, out_kind, alpha, ema, ignore_index
+        )  # fmt: skip
         return
     p = plan(n, k, d)
     ordered, order = torch.sort(labels, stable=True)

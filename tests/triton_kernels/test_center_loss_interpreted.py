@@ -478,3 +478,36 @@ def test_island_edges() -> None:
     many[::2] = -1
     assert center_loss.island_pairs_fwd(many)[0] == 1 - 5001 + 5001 * 5000
     assert center_loss.island_pairs_fwd(torch.tensor([[1.0, float("nan")], [1, 1]]))[0].isnan()
+
+
+# Atomics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_atomics(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opt-in: the same sums without a sort, where no more classes than rows; labels too large change nothing."""
+    from dlkernels.triton import _center_loss_atomics as atomics
+
+    used = []
+    run = atomics.atomic_class_sums
+    monkeypatch.setattr(atomics, "atomic_class_sums", lambda *args: (used.append(1), run(*args)))
+    check_update(make((37, 19, 4), dtype, kind))
+    assert not used, "atomics were not asked for"
+    monkeypatch.setenv("DLKERNELS_ATOMICS", "1")
+    check_update(make((37, 19, 4), dtype, kind))
+    assert not used, "what poisons memory asks for determinism"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    for case in (make((37, 19, 4), dtype, kind), make((150, 5, 7), dtype, kind), one_class(40, 130, 3, dtype, kind)):
+        used.clear()
+        for options in ({}, {"ema": True}, {"island_weight": 2.0}):
+            check_update(case, **options)
+        check(case, "mean", centers_too=True)
+        assert len(used) == 4
+    used.clear()
+    check_update(make((9, 19, 40), dtype, kind))
+    assert not used, "more classes than rows"
+
+    c = case.c.clone()
+    center_loss.update_centers_(c, case.x, case.y + 1, case.a, case.logits, 0.5, False, 0.0, -100)
+    assert_bitwise(c, case.c, "centers after labels that are all too large")
