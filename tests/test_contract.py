@@ -942,6 +942,7 @@ def test_compile(op: OpCase, device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("compiler")
 @contract(first_of_its_op)
 def test_compile_inductor(op: OpCase, device: torch.device) -> None:
     torch._dynamo.reset()
