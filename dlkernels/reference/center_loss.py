@@ -24,7 +24,8 @@ def _differences(
     """x - c_y and A (N, D), 0 in the rows that are left out; the rows that count; their classes."""
     ok = counted(labels, ignore_index)
     y = torch.where(ok, labels, 0).long()
-    own = compute(centers).index_select(0, y) if centers.shape[0] else compute(centers).new_zeros(features.shape)
+    # Not index_select, whose second derivative torch 2.11 does not trace with symbolic sizes.
+    own = compute(centers)[y] if centers.shape[0] else compute(centers).new_zeros(features.shape)
     d = torch.where(ok[:, None], compute(features) - own, 0.0)
     a = None
     if attention is not None:

@@ -50,7 +50,9 @@ def gccs_loss(
     n = z.new_zeros(classes).index_add(0, y, keep.to(z.dtype))
 
     def class_mean(rows: Tensor) -> Tensor:
-        total = rows.new_zeros(classes, classes).index_add(0, y, torch.where(keep.unsqueeze(1), rows, 0))
+        # Not index_add, whose second derivative torch 2.11 does not trace with symbolic sizes.
+        rows = torch.where(keep.unsqueeze(1), rows, 0)
+        total = rows.new_zeros(classes, classes).index_put((y,), rows, accumulate=True)
         return total / n.clamp(min=1).unsqueeze(1)
 
     # Around a first mean, so that a spread far below the mean keeps its digits.
@@ -71,8 +73,9 @@ def gccs_loss(
     spread = classes * (2 * math.log(target_std) - 1) - log_size + (v / s2).sum(1)
     loss = 0.5 * (torch.where(several, spread, 0) + torch.where(n > 0, loss, 0))
     if kurtosis_weight > 0:
-        k = class_mean(d**4) / u.square()
-        loss = loss + torch.where(several, kurtosis_weight * (k - 3).abs().mean(1), 0)
+        excess = class_mean(d**4) / u.square() - 3
+        size = excess * excess.detach().sign()  # abs, but for what torch 2.11 makes of its second derivative
+        loss = loss + torch.where(several, kurtosis_weight * size.mean(1), 0)
     return loss + torch.where(bad.any(), math.nan, 0)
 
 

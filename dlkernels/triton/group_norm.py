@@ -128,7 +128,9 @@ def backward_plan(
     n: int, c: int, groups: int, s: int, itemsize: int, channels_last: bool, has_residual: bool
 ) -> tiles.Plan:
     reads, limit = (3, tiles.MAX_RESIDENT_BACKWARD // 2) if has_residual else (2, tiles.MAX_RESIDENT_BACKWARD)
-    return tiles.plan(n, c, groups, s, reads * itemsize, channels_last, limit, tiles.TILE_BACKWARD, tiles.WARP_BACKWARD)
+    # With a residual as well, 16 warps would leave a thread 64 registers on Turing, which is too few.
+    warp = tiles.WARP_BACKWARD * (2 if has_residual else 1)
+    return tiles.plan(n, c, groups, s, reads * itemsize, channels_last, limit, tiles.TILE_BACKWARD, warp)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
