@@ -71,6 +71,9 @@ inline std::optional<int64_t> code_of(PyObject* object, std::initializer_list<co
   return std::nullopt;
 }
 
+// The codes of csrc/common/loss.h.
+inline std::optional<int64_t> reduction_code(PyObject* object) { return code_of(object, {"none", "mean", "sum"}); }
+
 // The codes of csrc/common/activation.h.
 inline std::optional<int64_t> activation_code(PyObject* object) {
   return code_of(object, {"", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"});

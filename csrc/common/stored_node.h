@@ -1,6 +1,8 @@
 // A light autograd node of a loss whose forward pass wrote its gradient.
 #pragma once
 
+#include <utility>
+
 #include "eager.h"
 #include "node.h"
 #include "stored_grad.h"
@@ -15,6 +17,22 @@ class StoredGradNode : public LightNode<N> {
   bool stores = false;   // there was a stored gradient
   double divisor = 1.0;  // of the reduction
   bool dropped = false;  // the inputs are not kept
+
+  // What the forward pass left: a gradient where it stored one, and with that no inputs unless they are asked for.
+  void keep(at::Tensor grad, bool has_stored, double by, bool higher_order) {
+    stored = std::move(grad);
+    stores = has_stored;
+    divisor = by;
+    dropped = has_stored && !higher_order;
+  }
+
+  // As LightNode's; `kept` is let go where the inputs are dropped.
+  template <class T, class... Inputs>
+  static at::Tensor attach(std::unique_ptr<T> made, at::Tensor output, std::array<at::Tensor, N> kept,
+                           const Inputs&... inputs) {
+    if (made->dropped) kept = {};
+    return LightNode<N>::attach(std::move(made), std::move(output), kept, inputs...);
+  }
 
   void release_variables() override {
     LightNode<N>::release_variables();
@@ -37,7 +55,12 @@ class StoredGradNode : public LightNode<N> {
     return stores ? grad_output.div(divisor).expand({rows}) : grad_output;
   }
 
-  void check_kept() const { TORCH_CHECK(!dropped, kInputDropped); }
+  // Whether this pass needs no more than what is stored; else the inputs have to be there.
+  bool use_stored() const {
+    const bool enough = stores && !at::GradMode::is_enabled();
+    TORCH_CHECK(enough || !dropped, kInputDropped);
+    return enough;
+  }
 };
 
 }  // namespace dlkernels

@@ -14,20 +14,14 @@
 #include "../common/layer.h"
 #include "../common/segments.h"
 #include "center_loss_kernel.h"
+#include "center_loss_pieces.h"
 
 namespace dlkernels {
 namespace {
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
 const CenterLossKernels& kernels() {
   static const CenterLossKernels table = DL_KERNELS_OF_THIS_MACHINE(center_loss_kernels);
   return table;
-}
-
-template <class F>
-auto with_labels(const at::Tensor& labels, F f) {
-  return labels.scalar_type() == at::kInt ? f(labels.const_data_ptr<int32_t>()) : f(labels.const_data_ptr<int64_t>());
 }
 
 void check_attention(bool in_range) {
@@ -38,9 +32,7 @@ void check_attention(bool in_range) {
 struct CenterProblem {
   CenterLossArgs args{};
   int64_t counted = 0;
-  Segments by_class;
-  std::vector<CenterPiece> pieces;
-  std::vector<CenterClass> classes;
+  CenterPieces cut;
   c10::DataPtr sums;
   c10::SmallVector<double, 64> partial;
   int64_t item_size = 4;  // of sums and losses
@@ -91,29 +83,22 @@ struct CenterProblem {
   // Sort the rows. all: every class keeps its sum, also one that is done with at once.
   void group(const at::Tensor& labels, bool all) {
     TORCH_CHECK_VALUE(args.n <= INT32_MAX && args.k <= UINT32_MAX, "more than 2^31 rows or 2^32 classes");
-    by_class = with_labels(labels, [&](const auto* y) { return group_by_class(y, args.n, args.k, args.ignore_index); });
-    int64_t slots = 0;
-    for (const Segment& s : by_class.segments) {
-      const int64_t rows = s.end - s.begin, parts = (rows + kPieceRows - 1) / kPieceRows;
-      const bool whole = parts == 1 && !all;
-      if (!whole) classes.push_back({s.label, slots, parts, rows});
-      for (int64_t begin = s.begin; begin < s.end; begin += kPieceRows)
-        pieces.push_back({s.label, begin, std::min(begin + kPieceRows, s.end), whole ? -1 : slots++, rows});
-    }
-    sums = c10::GetCPUAllocator()->allocate(slots * args.d * item_size);
+    const auto grouped = [&](const auto* y) { return group_by_class(y, args.n, args.k, args.ignore_index); };
+    cut = CenterPieces(with_labels(labels, grouped), all);
+    sums = c10::GetCPUAllocator()->allocate(cut.slots * args.d * item_size);
     args.sums = sums.get();
-    args.order = by_class.order.data();
-    args.pieces = pieces.data();
-    args.classes = classes.data();
+    args.order = cut.by_class.order.data();
+    args.pieces = cut.pieces.data();
+    args.classes = cut.classes.data();
   }
 
   void run_by_class() {
-    sum_losses_of(static_cast<int64_t>(pieces.size()));
-    const int64_t count = static_cast<int64_t>(pieces.size());
+    sum_losses_of(static_cast<int64_t>(cut.pieces.size()));
+    const int64_t count = static_cast<int64_t>(cut.pieces.size());
     const int64_t rows = count == 0 ? 1 : (counted + count - 1) / count;
     at::parallel_for(0, count, grain(args.d * rows),
                      [&](int64_t begin, int64_t end) { kernels().pieces(args, begin, end, scratch().get()); });
-    at::parallel_for(0, static_cast<int64_t>(classes.size()), grain(args.d),
+    at::parallel_for(0, static_cast<int64_t>(cut.classes.size()), grain(args.d),
                      [&](int64_t begin, int64_t end) { kernels().merge(args, begin, end); });
     if (counted < args.n && (args.loss || args.dx || args.dattention)) kernels().left_out(args, 0, args.n);
   }
@@ -197,8 +182,8 @@ void run_update(CenterProblem& problem, const CenterLossInputs& in, const Center
     pairs.sums(in.centers);
     pairs.args.out = problem.args.centers;
     pairs.args.scale = -update.alpha * update.island_weight / static_cast<double>(problem.args.k - 1);
-    pairs.args.classes = problem.classes.data();
-    pairs.args.present = static_cast<int64_t>(problem.classes.size());
+    pairs.args.classes = problem.cut.classes.data();
+    pairs.args.present = static_cast<int64_t>(problem.cut.classes.size());
     pairs.args.sums = problem.args.sums;
     pairs.args.alpha = update.alpha;
     pairs.args.ema = update.ema;
@@ -221,10 +206,8 @@ CenterLossResult center_loss_forward(const CenterLossInputs& in, int64_t reducti
     result.dx = at::empty_like(in.features);
     result.dattention = empty_or_undefined(in.attention);
     problem.write_grads_to(result.dx, result.dattention);
-    // float16 keeps its stored gradient undivided: 1 / N would underflow before a loss scale can help.
-    const auto scale = [&](const at::Tensor& t) { return t.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor; };
-    problem.args.grad_scale = scale(in.features);
-    problem.args.attention_scale = in.attention.defined() ? scale(in.attention) : 1.0;
+    problem.args.grad_scale = stored_scale(in.features, divisor);
+    problem.args.attention_scale = in.attention.defined() ? stored_scale(in.attention, divisor) : 1.0;
   }
   update ? run_update(problem, in, *update) : problem.run_blocks();
   if (reduction != kNone) result.loss = scalar(problem.loss_sum() / divisor, in.features);
@@ -235,9 +218,7 @@ CenterLossGrads center_loss_backward(const at::Tensor& grad_output, const Center
   CenterProblem problem(in);
   CenterLossGrads grads{at::empty_like(in.features), {}, empty_or_undefined(in.attention)};
   problem.write_grads_to(grads.dx, grads.dattention);
-  const at::Tensor g = grad_output.to(accumulate_type(in.features)).expand({problem.args.n});
-  problem.args.grad_output_step = g.stride(0);
-  problem.args.grad_output = g.const_data_ptr();
+  const at::Tensor g = read_grad_output(problem.args, grad_output, in.features);
   if (!need_centers) {
     problem.run_blocks();
     return grads;

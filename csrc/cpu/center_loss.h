@@ -1,7 +1,7 @@
 // The center-loss family on CPU tensors, below autograd: what the operators and the eager entry share.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "../common/loss.h"
 
 namespace dlkernels {
 
@@ -22,7 +22,7 @@ struct CenterLossResult {
   double divisor;
 };
 
-// reduction: 0 none, 1 mean, 2 sum. With `update` the centers move after the loss and the gradients have seen them.
+// With `update` the centers move after the loss and the gradients have seen them.
 CenterLossResult center_loss_forward(const CenterLossInputs& in, int64_t reduction, bool need_grad,
                                      const CenterUpdate* update);
 

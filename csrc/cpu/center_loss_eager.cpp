@@ -18,8 +18,6 @@ namespace {
 
 using torch::autograd::variable_list;
 
-constexpr int64_t kNone = 0;
-
 // Keeps the gradients in features (`stored`) and attention, or what they are made from, or both.
 struct CenterLossNode : StoredGradNode<4> {
   at::Tensor stored_attention;
@@ -44,11 +42,10 @@ struct CenterLossNode : StoredGradNode<4> {
   variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::center_loss_bwd", c10::ArrayRef<const c10::IValue>{});
     if (!grads[0].defined()) return {{}, {}, {}};
-    if (stores && !at::GradMode::is_enabled()) {
+    if (use_stored()) {
       at::Tensor in_attention = stored_attention.defined() ? use(stored_attention, grads[0]) : at::Tensor();
       return {use(stored, grads[0]), {}, in_attention};
     }
-    check_kept();
     const auto [features, labels, centers, attention] = unpack();
     const bool need_centers = task_should_compute_output(1);
     const at::Tensor g = reduction == kNone ? grads[0] : grads[0].div(divisor).expand(labels.sizes());
@@ -84,7 +81,7 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
   const at::Tensor features = tensor_or_undefined(features_object.ptr());
   const at::Tensor labels = tensor_or_undefined(labels_object.ptr());
   const at::Tensor centers = tensor_or_undefined(centers_object.ptr());
-  const auto reduction = code_of(reduction_object.ptr(), {"none", "mean", "sum"});
+  const auto reduction = reduction_code(reduction_object.ptr());
   const auto ignore_index = integer(ignore_object.ptr());
   if (!reduction || !ignore_index || !PyBool_Check(logits_object.ptr()) || !PyBool_Check(higher_object.ptr()))
     return none();
@@ -112,15 +109,11 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
     auto node = std::make_unique<CenterLossNode>();
     node->reduction = *reduction;
     node->ignore_index = *ignore_index;
-    node->divisor = result.divisor;
     node->logits = logits;
-    node->stores = stores;
-    node->dropped = stores && higher_object.ptr() != Py_True;
-    node->stored = std::move(result.dx);
+    node->keep(std::move(result.dx), stores, result.divisor, higher_object.ptr() == Py_True);
     node->stored_attention = std::move(result.dattention);
-    using Kept = std::array<at::Tensor, 4>;
-    const Kept kept = node->dropped ? Kept{} : Kept{features, labels, centers, attention};
-    return CenterLossNode::attach(std::move(node), result.loss, kept, features, centers, attention);
+    return CenterLossNode::attach(std::move(node), result.loss, {features, labels, centers, attention}, features,
+                                  centers, attention);
   });
 }
 

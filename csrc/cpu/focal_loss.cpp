@@ -93,11 +93,9 @@ double reduction_divisor(int64_t reduction, double mean_divisor, std::optional<d
   return normalizer.value_or(1.0);
 }
 
-// float16 keeps its stored gradient undivided: 1 / N would underflow before a loss scale can help.
 // A mean over nothing has zero gradients.
 double stored_scale(const at::Tensor& input, int64_t reduction, double divisor) {
-  if (reduction == kMean && divisor == 0) return 0.0;
-  return input.scalar_type() == at::kHalf ? 1.0 : 1.0 / divisor;
+  return reduction == kMean && divisor == 0 ? 0.0 : dlkernels::stored_scale(input, divisor);
 }
 
 // Sigmoid

@@ -1,19 +1,11 @@
 // The focal-loss family on CPU tensors: what the operators and the eager nodes share.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <optional>
 
+#include "../common/loss.h"
+
 namespace dlkernels {
-
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-struct LossResult {
-  at::Tensor loss;  // float32 (float64): per element or row, or a scalar
-  at::Tensor grad;  // in the input's dtype and layout, divided by divisor except in float16; undefined if not asked for
-  double divisor;   // of the reduction
-};
 
 struct SigmoidOptions {
   double alpha, gamma;  // alpha < 0: off

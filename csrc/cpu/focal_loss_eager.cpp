@@ -24,14 +24,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::optional<int64_t> reduction_code(PyObject* object) {
-  if (!PyUnicode_CheckExact(object)) return std::nullopt;
-  if (PyUnicode_CompareWithASCIIString(object, "mean") == 0) return kMean;
-  if (PyUnicode_CompareWithASCIIString(object, "none") == 0) return kNone;
-  if (PyUnicode_CompareWithASCIIString(object, "sum") == 0) return kSum;
-  return std::nullopt;
-}
-
 bool floating_target(const at::Tensor& t, const at::Tensor& x) {
   return (t.scalar_type() == x.scalar_type() || (t.scalar_type() == at::kFloat && x.scalar_type() != at::kDouble)) &&
          t.sizes() == x.sizes() && !wants_grad(t);

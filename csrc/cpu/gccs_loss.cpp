@@ -32,8 +32,7 @@ struct Problem {
   Problem(const at::Tensor& z, const at::Tensor& y, const GccsOptions& options)
       : features(z), labels(y), rows(z.size(0)), classes(z.size(1)) {
     TORCH_CHECK_VALUE(rows <= INT32_MAX, "`features` must have less than 2^31 rows, got ", rows);
-    labels.scalar_type() == at::kInt ? group(labels.const_data_ptr<int32_t>(), options.ignore_index)
-                                     : group(labels.const_data_ptr<int64_t>(), options.ignore_index);
+    with_labels(labels, [&](const auto* label) { group(label, options.ignore_index); });
     args.dtype = float_kind("features", features);
     args.features = features.const_data_ptr();
     args.order = groups.order.data();
@@ -95,8 +94,7 @@ LossResult gccs_loss_forward(const at::Tensor& features, const at::Tensor& label
   problem.args.partial = partial.data();
   if (need_grad && reduction != kNone) {
     result.grad = at::empty_like(features);
-    // float16 keeps it undivided: 1 / (classes n) would underflow before a loss scale can help.
-    problem.write_grad_to(result.grad, features.scalar_type() == at::kHalf ? 1.0 : 1.0 / result.divisor);
+    problem.write_grad_to(result.grad, stored_scale(features, result.divisor));
   }
   problem.run();
   if (reduction != kNone) {
@@ -117,10 +115,7 @@ at::Tensor gccs_loss_backward(const at::Tensor& grad_output, const at::Tensor& f
                               const GccsOptions& options) {
   Problem problem(features, labels, options);
   const at::Tensor grad = at::empty_like(features);
-  at::Tensor g = grad_output.to(accumulate_type(features));
-  if (g.stride(0) != 0) g = g.contiguous();
-  problem.args.grad_output = g.const_data_ptr();
-  problem.args.grad_output_step = g.stride(0) == 0 ? 0 : 1;
+  const at::Tensor g = read_grad_output(problem.args, grad_output, features);
   problem.write_grad_to(grad, 1.0);
   problem.run();
   return grad;

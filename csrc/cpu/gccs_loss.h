@@ -1,7 +1,7 @@
 // The GCCS loss on CPU tensors: what the operators and the eager node share.
 #pragma once
 
-#include "focal_loss.h"  // LossResult, Reduction
+#include "../common/loss.h"
 
 namespace dlkernels {
 

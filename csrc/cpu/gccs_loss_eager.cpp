@@ -25,11 +25,10 @@ struct GccsLossNode : StoredGradNode<2> {
     RECORD_FUNCTION("dlkernels::gccs_loss_bwd", c10::ArrayRef<const c10::IValue>{});
     const at::Tensor& g = grads[0];
     if (!g.defined()) return {at::Tensor()};
-    if (!at::GradMode::is_enabled() && stores) {
+    if (use_stored()) {
       if (!dropped) unpack();  // raises where the features were changed in place
       return {take(g)};
     }
-    check_kept();
     const auto [features, labels] = unpack();
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(g))
       return {gccs_loss_backward(g, features, labels, options)};
@@ -48,7 +47,7 @@ py::object gccs_loss(py::handle features_object, py::handle labels_object, py::h
   const auto mean = number(target_mean.ptr()), std = number(target_std.ptr()), ridge = number(eps.ptr()),
              weight = number(kurtosis_weight.ptr());
   const auto ignored = integer(ignore_index.ptr());
-  const auto reduction = code_of(reduction_object.ptr(), {"none", "mean", "sum"});  // the codes of Reduction
+  const auto reduction = reduction_code(reduction_object.ptr());
   if (!mean || !std || !ridge || !weight || !ignored || !reduction || !PyBool_Check(higher_order.ptr())) return none();
   if (code_of(covariance.ptr(), {"diagonal"}) != 0) return none();
   if (!std::isfinite(*mean) || !(*std >= 1e-150 && *std <= 1e150) || !(*ridge >= 0) || !std::isfinite(*ridge) ||
@@ -69,13 +68,8 @@ py::object gccs_loss(py::handle features_object, py::handle labels_object, py::h
     if (!wants) return result.loss;
     auto node = std::make_unique<GccsLossNode>();
     node->options = options;
-    node->stored = result.grad;
-    node->stores = stores;
-    node->divisor = result.divisor;
-    node->dropped = stores && higher_order.ptr() != Py_True;
-    const bool kept = !node->dropped;
-    return GccsLossNode::attach(std::move(node), result.loss,
-                                {kept ? features : at::Tensor(), kept ? labels : at::Tensor()}, features);
+    node->keep(result.grad, stores, result.divisor, higher_order.ptr() == Py_True);
+    return GccsLossNode::attach(std::move(node), result.loss, {features, labels}, features);
   });
 }
 

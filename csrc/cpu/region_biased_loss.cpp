@@ -56,8 +56,7 @@ LossResult region_biased_loss_forward(const at::Tensor& attention, const at::Ten
   if (need_grad && reduction != kNone) {
     result.grad = at::empty_like(attention);
     a.grad = result.grad.mutable_data_ptr();
-    // float16 keeps it undivided: 1 / N would underflow before a loss scale can help.
-    a.grad_scale = attention.scalar_type() == at::kHalf ? 1.0 : 1.0 / result.divisor;
+    a.grad_scale = stored_scale(attention, result.divisor);
   }
   run(a);
   if (reduction == kNone) {
@@ -74,11 +73,8 @@ at::Tensor region_biased_loss_backward(const at::Tensor& grad_output, const at::
                                        const at::Tensor& mask, const RegionBiasedOptions& options) {
   RegionBiasedArgs a = arguments(attention, mask, options);
   const at::Tensor grad = at::empty_like(attention);
-  at::Tensor g = grad_output.to(accumulate_type(attention));
-  if (g.stride(0) != 0) g = g.contiguous();
+  const at::Tensor g = read_grad_output(a, grad_output, attention);
   a.grad = grad.mutable_data_ptr();
-  a.grad_output = g.const_data_ptr();
-  a.grad_output_step = g.stride(0) == 0 ? 0 : 1;
   run(a);
   return grad;
 }

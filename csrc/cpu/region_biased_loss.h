@@ -1,9 +1,7 @@
 // The region biased loss of CPU tensors: what the operators and the eager node share.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include "focal_loss.h"  // Reduction, LossResult
+#include "../common/loss.h"
 
 namespace dlkernels {
 

@@ -25,11 +25,10 @@ struct RegionBiasedLossNode : StoredGradNode<2> {
     RECORD_FUNCTION("dlkernels::region_biased_loss_bwd", c10::ArrayRef<const c10::IValue>{});
     const at::Tensor& g = grads[0];
     if (!g.defined()) return {at::Tensor()};
-    if (!at::GradMode::is_enabled() && stores) {
+    if (use_stored()) {
       if (!dropped) unpack();  // raises where the attention was changed in place
       return {take(g)};
     }
-    check_kept();
     const auto [attention, mask] = unpack();
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(g))
       return {region_biased_loss_backward(g, attention, mask, options)};
@@ -48,7 +47,7 @@ py::object region_biased_loss(py::handle attention_object, py::handle origin_ind
   const auto origin = integer(origin_index.ptr());
   const auto by = number(margin.ptr());
   const auto softmax = code_of(normalize.ptr(), {"", "softmax"});
-  const auto reduction = code_of(reduction_object.ptr(), {"none", "mean", "sum"});  // the codes of Reduction
+  const auto reduction = reduction_code(reduction_object.ptr());
   if (!origin || !by || !softmax || !reduction || !PyBool_Check(higher_order.ptr())) return none();
   if (!plain_eager() || !plain_floating(attention) || attention.dim() != 2 || !attention.is_contiguous()) return none();
   const int64_t regions = attention.size(1);
@@ -69,13 +68,8 @@ py::object region_biased_loss(py::handle attention_object, py::handle origin_ind
     if (!wants) return result.loss;
     auto node = std::make_unique<RegionBiasedLossNode>();
     node->options = options;
-    node->stored = result.grad;
-    node->stores = stores;
-    node->divisor = result.divisor;
-    node->dropped = stores && higher_order.ptr() != Py_True;
-    const bool kept = !node->dropped;
-    return RegionBiasedLossNode::attach(std::move(node), result.loss,
-                                        {kept ? attention : at::Tensor(), kept ? mask : at::Tensor()}, attention);
+    node->keep(result.grad, stores, result.divisor, higher_order.ptr() == Py_True);
+    return RegionBiasedLossNode::attach(std::move(node), result.loss, {attention, mask}, attention);
   });
 }
 

@@ -46,7 +46,7 @@ at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tenso
   if (!plain_eager() || !plain_cpu(grad_output)) return stored.mul(grad_output.div(divisor));  // batched gradients
   const double scale = factor(grad_output, std::nullopt) / divisor;
   if (torch::autograd::get_current_graph_task_keep_graph()) return scaled(stored, scale);
-  const at::Tensor last = std::move(stored);  // the only reference: .grad takes the buffer over without a copy
+  const at::Tensor last = std::move(stored);  // .grad takes the buffer over without a copy
   return std::isfinite(scale) ? (scale == 1.0 ? last : last.mul_(as_tensor(scale))) : scaled(last, scale);
 }
 
@@ -55,9 +55,9 @@ at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Ten
   TORCH_CHECK(found != ctx->saved_data.end(), kStoredGradUsed);
   at::Tensor stored = found->second.toTensor();
   const double divisor = ctx->saved_data["divisor"].toDouble();
-  const bool last = plain_eager() && plain_cpu(grad_output) && !torch::autograd::get_current_graph_task_keep_graph();
-  if (last) ctx->saved_data.erase("grad");
-  return scale_stored_grad(stored, divisor, grad_output);
+  const at::Tensor grad = scale_stored_grad(stored, divisor, grad_output);
+  if (!stored.defined()) ctx->saved_data.erase("grad");  // that was the last use
+  return grad;
 }
 
 bool plain_eager() {

@@ -4,8 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../../csrc/common/segments.h"
-#include "../../csrc/cpu/center_loss_kernel.h"
+#include "../../csrc/cpu/center_loss_pieces.h"
 #include "sanitized.h"
 
 using namespace dlkernels;
@@ -33,26 +32,6 @@ std::vector<I> draw_labels(const Setting& s) {
   return y;
 }
 
-// Pieces and classes as the host side makes them; `all`: every class keeps its sum.
-struct Grouped {
-  Segments by_class;
-  std::vector<CenterPiece> pieces;
-  std::vector<CenterClass> classes;
-  int64_t slots = 0;
-
-  template <class I>
-  Grouped(const std::vector<I>& y, int64_t k, int64_t ignore, bool all) {
-    by_class = group_by_class(y.data(), static_cast<int64_t>(y.size()), k, ignore);
-    for (const Segment& s : by_class.segments) {
-      const int64_t rows = s.end - s.begin, parts = (rows + kPieceRows - 1) / kPieceRows;
-      const bool whole = parts == 1 && !all;
-      if (!whole) classes.push_back({s.label, slots, parts, rows});
-      for (int64_t begin = s.begin; begin < s.end; begin += kPieceRows)
-        pieces.push_back({s.label, begin, std::min(begin + kPieceRows, s.end), whole ? -1 : slots++, rows});
-    }
-  }
-};
-
 template <class I>
 void center_case(const CenterLossKernels& k, const Setting& s, CenterSums mode) {
   std::snprintf(where, sizeof(where), "type %d/%d weigh %d n %ld k %ld d %ld mode %d", static_cast<int>(s.type),
@@ -67,7 +46,7 @@ void center_case(const CenterLossKernels& k, const Setting& s, CenterSums mode) 
   Array dc(s.centers, s.k * s.d), old(s.centers, s.k * s.d);
   x.fill(-2, 2), c.fill(-2, 2), a.fill(0, 1), g.fill(-1, 1);
   for (int64_t i = 0; i < s.k * s.d; ++i) old.set(i, c.get(i)), dc.set(i, 0);
-  const Grouped grouped(y, s.k, ignore, mode == CenterSums::kNone);
+  const CenterPieces grouped(group_by_class(y.data(), s.n, s.k, ignore), mode == CenterSums::kNone);
   Array sums(acc, grouped.slots * s.d);
 
   CenterLossArgs args{};
