@@ -78,7 +78,7 @@ class CenterLoss(FusedFunction):
 def _scaled(ctx: Any, grad_output: Tensor, stored: Tensor, divisor: Tensor) -> Tensor:
     if ctx.reduction == NONE:
         return (stored * grad_output[:, None]).to(stored.dtype)
-    return scale_stored(grad_output, stored, divisor, free=False)
+    return scale_stored(ctx, grad_output, stored, divisor)
 
 
 class CenterLossBackward(FusedFunction):

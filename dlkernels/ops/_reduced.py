@@ -30,18 +30,17 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], tensors:
 def reduced_backward(ctx: Any, grad_output: Tensor, rows_shape: Any, recompute: Callable[[Tensor], Tensor]) -> Tensor:
     """Backward of a reduced loss: scale what the forward pass stored, or recompute when a graph is being made of it."""
     if ctx.stored is not None and not torch.is_grad_enabled():
-        stored, divisor = ctx.stored
-        if stored_grad_is_free(stored):
-            ctx.stored = None  # the last use: .grad takes the buffer over without a copy
-            return scale_stored(grad_output, stored, divisor, free=True)
-        return scale_stored(grad_output, stored, divisor, free=False)
+        return scale_stored(ctx, grad_output, *ctx.stored)
     if ctx.dropped_input:
         raise RuntimeError(f"this loss kept its gradient but not its input: {FORWARD_HINT}")
     divisor = ctx.saved_tensors[-1]
     return recompute((grad_output / divisor).expand(rows_shape))
 
 
-def scale_stored(grad_output: Tensor, stored: Tensor, divisor: Tensor, *, free: bool) -> Tensor:
-    """A stored gradient times the upstream one; float16 was stored undivided. free: this is its last use."""
+def scale_stored(ctx: Any, grad_output: Tensor, stored: Tensor, divisor: Tensor) -> Tensor:
+    """A stored gradient times the upstream one; float16 was stored undivided. In place where this is its last use."""
     by = divisor if stored.dtype == torch.float16 else None
-    return scale_in_place(grad_output, stored, by) if free else ScaleStoredGrad.call(grad_output, stored, by)
+    if not stored_grad_is_free(stored):
+        return ScaleStoredGrad.call(grad_output, stored, by)
+    ctx.stored = None  # .grad takes the buffer over without a copy
+    return scale_in_place(grad_output, stored, by)

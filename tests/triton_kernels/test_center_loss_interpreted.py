@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import dlkernels as dk
+from dlkernels._traffic import interpreter_traffic
 from dlkernels.testing import Canary, assert_bitwise, assert_within_budget, poisoned_empty, unmodified
 from dlkernels.triton import _center_loss_island as island
 from dlkernels.triton import _center_loss_segments as segments
@@ -511,3 +512,19 @@ def test_atomics(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch)
     c = case.c.clone()
     center_loss.update_centers_(c, case.x, case.y + 1, case.a, case.logits, 0.5, False, 0.0, -100)
     assert_bitwise(c, case.c, "centers after labels that are all too large")
+
+
+def test_the_last_use_of_a_stored_gradient_moves_nothing() -> None:
+    """With an upstream gradient of 1 the backward pass reads that number; a graph that is kept gets a copy."""
+    case = make((37, 19, 4), torch.float32, "attention")
+    x, a = case.x.clone().requires_grad_(), case.a.clone().requires_grad_()
+    with dk.backend("triton"):
+        loss = dk.sparse_center_loss(x, case.y, case.c, a, ignore_index=1)
+        with interpreter_traffic() as kept:
+            expected = torch.autograd.grad(loss, (x, a), retain_graph=True)
+        with interpreter_traffic() as last:
+            found = torch.autograd.grad(loss, (x, a))
+    for ours, right in zip(found, expected, strict=True):
+        assert_bitwise(ours, right)
+    one = x.numel() * 4
+    assert kept.stored == 2 * one and last.total < one, (kept.stored, last.total)
