@@ -45,7 +45,7 @@ class FusedFunction(torch.autograd.Function):
         """Run the kernel: below autograd, on the backend in force."""
         if _backend.intercepted(_first_tensor(args).device.type):
             with torch.profiler.record_function(f"dlkernels::{cls.op_name()}"):
-                return launcher(cls)(*args)
+                return launcher(cls.family, cls.op_name())(*args)
         return getattr(torch.ops.dlkernels, cls.op_name()).default(*args)
 
     @classmethod
@@ -54,9 +54,9 @@ class FusedFunction(torch.autograd.Function):
 
 
 @functools.cache
-def launcher(cls: type[FusedFunction]) -> Callable[..., Any]:
+def launcher(family: str, name: str) -> Callable[..., Any]:
     """The Triton launcher of an op, imported on first use."""
-    return getattr(importlib.import_module(f"dlkernels.triton.{cls.family}"), cls.op_name())
+    return getattr(importlib.import_module(f"dlkernels.triton.{family}"), name)
 
 
 def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
@@ -65,7 +65,7 @@ def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
     LIBRARY.define(cls.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
     if _backend.triton_installed():
-        LIBRARY.impl(cls.op_name(), lambda *args: launcher(cls)(*args), "CUDA")
+        LIBRARY.impl(cls.op_name(), lambda *args: launcher(cls.family, cls.op_name())(*args), "CUDA")
     torch.library.register_autograd(name, cls.backward, setup_context=cls.setup_context, lib=LIBRARY)
     torch.library.register_vmap(name, cls.vmap, lib=LIBRARY)
     OPS[cls.op_name()] = cls
@@ -87,11 +87,8 @@ def register_mutation(schema: str, family: str) -> Callable[..., None]:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"dlkernels::{name}", lambda *args: None, lib=LIBRARY)
 
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(f"dlkernels.triton.{family}"), name)(*args)
-
     if _backend.triton_installed():
-        LIBRARY.impl(name, launch, "CUDA")
+        LIBRARY.impl(name, lambda *args: launcher(family, name)(*args), "CUDA")
     MUTATIONS.append(name)
     overload = getattr(torch.ops.dlkernels, name).default
 
@@ -100,7 +97,7 @@ def register_mutation(schema: str, family: str) -> Callable[..., None]:
             return overload(*args)
         if _backend.intercepted(args[0].device.type):
             with torch.profiler.record_function(f"dlkernels::{name}"):
-                launch(*args)
+                launcher(family, name)(*args)
         else:
             overload(*args)
         torch.autograd.graph.increment_version(args[0])  # a graph that has saved it must notice
@@ -136,6 +133,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_compiling() -> bool:
     return torch.compiler.is_compiling()
+
+
+def is_quiet(x: Tensor) -> bool:
+    """True where values are not looked at: on a device that would have to be waited for, in a compiler, a transform."""
+    return x.device.type != "cpu" or is_compiling() or transforms_active()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

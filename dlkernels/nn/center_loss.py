@@ -130,7 +130,9 @@ class _CenterModule(nn.Module):
         on the meta device are made and drawn shard by shard, so that no rank ever holds all; else rank 0's are kept.
         With update="grad" the gradient is that of the sum of the ranks' losses, not of their mean.
         """
-        from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        from ..ops._sharded_centers import shard, share_of
 
         if mesh.ndim != 1:
             raise ValueError(f"`mesh` must have 1 dimension, got {mesh.ndim}")
@@ -139,11 +141,9 @@ class _CenterModule(nn.Module):
         if not self.centers.is_meta:
             self._own(distribute_tensor(self.centers.detach(), mesh, [Shard(0)]))
             return self
-        chunk = -(-self.num_classes // mesh.size())
-        size = min(max(self.num_classes - mesh.get_local_rank() * chunk, 0), chunk)
+        size = len(share_of(self.num_classes, mesh))
         local = torch.empty(size, self.feat_dim, dtype=self.centers.dtype, device=mesh.device_type)
-        shape = (self.num_classes, self.feat_dim)
-        self._own(DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.feat_dim, 1)))
+        self._own(shard(local, self.num_classes, mesh))
         self.reset_parameters()
         return self
 
@@ -152,16 +152,13 @@ class _CenterModule(nn.Module):
         name = prefix + "centers"
         value = state_dict.get(name)
         if is_sharded(self.centers) and isinstance(value, Tensor) and not is_sharded(value):
-            from torch.distributed.tensor import DTensor
+            from ..ops._sharded_centers import shard, share_of
 
             if value.shape == self.centers.shape:
                 mesh = self.centers.device_mesh
-                chunk = -(-self.num_classes // mesh.size())
-                own = value[mesh.get_local_rank() * chunk :][:chunk].to(self.centers.device)
-                state_dict = dict(state_dict)
-                state_dict[name] = DTensor.from_local(
-                    own, mesh, self.centers.placements, run_check=False, shape=value.shape, stride=(self.feat_dim, 1)
-                )
+                share = share_of(self.num_classes, mesh)
+                own = value[share.start : share.stop].to(self.centers.device)
+                state_dict = {**state_dict, name: shard(own, self.num_classes, mesh)}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
@@ -183,6 +180,10 @@ class _CenterModule(nn.Module):
         loss = detached_loss(*given)
         attention = None if attention is None else attention.detach()
         return _UpdateInBackward.apply(loss, self._update, features.detach(), labels, attention)
+
+    def update_centers_(self, features: Tensor, labels: Tensor) -> None:
+        """Move the centers by the rule, without a loss, in any mode."""
+        self._update(features, labels, None)
 
     def init_centers_(self, features: Tensor, labels: Tensor) -> None:
         """Put the centers of the classes that are present at the mean of their features: (N, D), (N,)."""
@@ -266,10 +267,6 @@ class CenterLoss(_CenterModule):
             features, labels, self.centers, reduction=self.reduction, ignore_index=self.ignore_index
         )  # fmt: skip
 
-    def update_centers_(self, features: Tensor, labels: Tensor) -> None:
-        """Move the centers by the rule, without a loss, in any mode."""
-        self._update(features, labels, None)
-
 
 class IslandLoss(_CenterModule):
     r"""Island loss with its centers: `dlkernels.island_loss`, and centers that follow the features and part.
@@ -322,10 +319,6 @@ class IslandLoss(_CenterModule):
         center = self._loss_and_update(features, labels)
         parts = with_pairs(center, pairs, self.island_weight, labels, self.reduction, self.ignore_index)
         return parts if return_parts else parts.loss
-
-    def update_centers_(self, features: Tensor, labels: Tensor) -> None:
-        """Move the centers by the rule, without a loss, in any mode."""
-        self._update(features, labels, None)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", island_weight={self.island_weight}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import _checks
-from .._library import is_compiling, transforms_active
+from .._library import is_quiet
 from ..reference._activation import compute
 
 
@@ -49,11 +49,6 @@ def prepared(features: Tensor, labels: Tensor, attention: Tensor | None) -> tupl
     """Contiguous, and labels of int64 or int32: what the kernels read."""
     labels = labels if labels.dtype in (torch.int64, torch.int32) else labels.int()
     return features.contiguous(), labels.contiguous(), None if attention is None else attention.contiguous()
-
-
-def is_quiet(x: Tensor) -> bool:
-    """True where values are not looked at: on a device that would have to be waited for, in a compiler, a transform."""
-    return x.device.type != "cpu" or is_compiling() or transforms_active()
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -10,23 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._library import FusedFunction, accumulate_dtype, batch_first, loop_over_batch, register
+from .._library import FusedFunction, accumulate_dtype, batch_first, loop_over_batch, register, second_derivative
 from ..reference import focal_loss as reference_focal_loss
 from ._reduced import NONE, reduced_backward, save
-
-
-def second_order(ctx: Any, rows: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients, in grad_output and input, of dx = vjp(rows)(grad_output): the reference, differentiated twice."""
-    grad_output, input = ctx.saved_tensors[:2]
-
-    def first(g: Tensor, x: Tensor) -> Tensor:
-        return torch.func.vjp(rows, x)[1](g)[0]
-
-    return torch.func.vjp(first, grad_output, input)[1](grad)
-
 
 # Sigmoid --------------------------------------------------------------------------------------------------------------
 
@@ -79,9 +67,10 @@ class SigmoidFocalLossBackward(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        target = ctx.saved_tensors[2]
+        grad_output, input, target = ctx.saved_tensors
         rows = lambda x: reference_focal_loss.sigmoid_focal_loss(x, target, *ctx.options)  # noqa: E731
-        return *second_order(ctx, rows, grad), *(None,) * 4
+        in_grad_output, (in_input,) = second_derivative(rows, grad_output, [input], [grad])
+        return in_grad_output, in_input, *(None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -144,9 +133,10 @@ class SoftmaxFocalLossBackward(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        target, weight = ctx.saved_tensors[2:]
+        grad_output, input, target, weight = ctx.saved_tensors
         rows = lambda x: reference_focal_loss.softmax_focal_loss(x, target, weight, *ctx.options)  # noqa: E731
-        return *second_order(ctx, rows, grad), *(None,) * 5
+        in_grad_output, (in_input,) = second_derivative(rows, grad_output, [input], [grad])
+        return in_grad_output, in_input, *(None,) * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -30,12 +30,24 @@ from ._distributed_centers import Rows, all_gather, class_sums, exchange, reduce
 
 
 class Shards(NamedTuple):
-    """local: (K_r, D), classes `start` to `start` + K_r of `classes`; torch.chunk's rule, so the last may be empty."""
+    """local: (K_r, D), classes `start` to `start` + K_r of `classes`; see `share_of`."""
 
     local: Tensor
     start: int
     classes: int
     group: Any
+
+
+def share_of(num_classes: int, mesh: Any) -> range:
+    """The classes of this rank by torch.chunk's rule, the last ranks' may be none."""
+    chunk, rank = -(-num_classes // mesh.size()), mesh.get_local_rank()
+    return range(min(rank * chunk, num_classes), min((rank + 1) * chunk, num_classes))
+
+
+def shard(local: Tensor, num_classes: int, mesh: Any) -> DTensor:
+    """This rank's centers as its share of all."""
+    shape, stride = (num_classes, local.shape[1]), (local.shape[1], 1)
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def shards_of(centers: DTensor) -> Shards:
@@ -45,10 +57,7 @@ def shards_of(centers: DTensor) -> Shards:
             f"`centers` as a DTensor must have placements (Shard(dim=0),) on a 1-D mesh, got {placements} on a "
             f"{mesh.ndim}-D mesh"
         )
-    chunk = -(-centers.shape[0] // mesh.size())
-    return Shards(
-        centers.to_local(), min(mesh.get_local_rank() * chunk, centers.shape[0]), centers.shape[0], mesh.get_group()
-    )
+    return Shards(centers.to_local(), share_of(centers.shape[0], mesh).start, centers.shape[0], mesh.get_group())
 
 
 def _met(features: Tensor, labels: Tensor, centers: DTensor, ignore_index: int) -> tuple[Shards, Rows]:

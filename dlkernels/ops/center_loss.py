@@ -305,8 +305,8 @@ def loss_and_update(
     if is_sharded(centers):
         rule = (alpha, ema, island_weight)
         return _sharded(features, labels, centers.detach(), attention, logits, reduction, ignore_index, False, rule)
-    loss = detached_loss(features, labels, centers, attention, logits, reduction, ignore_index)
     a = None if attention is None else attention_of(features, attention, logits)
+    loss = _center_loss(features, labels, centers, a, logits, reduction, ignore_index, False, store=True)
     with torch.no_grad():
         update_anywhere_(
             centers, features, labels, a, logits, alpha, ema, island_weight, ignore_index, process_group

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._center_loss_rows import ATTENTION_NONE, attention_pair, counts
+from ._center_loss_rows import ATTENTION_NONE, OUT_GRAD, OUT_MOVE, attention_pair, counts
 from ._common import accumulator, number, scalar
 
-OUT_GRAD, OUT_MOVE = tl.constexpr(0), tl.constexpr(1)  # as in _center_loss_segments; 2 is a class's step
 TILE = 2048
 
 

@@ -10,6 +10,8 @@ from ._common import DIVISOR_HERE, GRAD_EACH, GRAD_NONE, GRAD_STORED, LOSS_EACH,
 from ._common import published_divisor as published
 
 ATTENTION_NONE, ATTENTION_WEIGHTS, ATTENTION_LOGITS = (tl.constexpr(i) for i in range(3))
+# What becomes of a class's sum: the gradient in its center, its move, or its step alone.
+OUT_GRAD, OUT_MOVE, OUT_STEP = (tl.constexpr(i) for i in range(3))
 COUNT_HERE = tl.constexpr(512)  # labels that every program counts for itself: 4 KB from the L2
 
 

@@ -17,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _center_loss_atomics as atomics
-from ._center_loss_rows import ATTENTION_NONE, attention_pair, counts
+from ._center_loss_rows import ATTENTION_NONE, OUT_GRAD, OUT_MOVE, OUT_STEP, attention_pair, counts
 from ._common import accumulator, number, scalar
 
-# What becomes of a class's sum.
-OUT_GRAD, OUT_MOVE, OUT_STEP = (tl.constexpr(i) for i in range(3))
 MERGE_BLOCK = 32  # slots that the merge reads at once
 POSITIONS = 1 << 16  # programs before each takes more than one position
 

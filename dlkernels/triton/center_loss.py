@@ -22,10 +22,13 @@ from ._center_loss_rows import (
     ATTENTION_NONE,
     ATTENTION_WEIGHTS,
     COUNT_HERE,
+    OUT_GRAD,
+    OUT_MOVE,
+    OUT_STEP,
     center_rows_kernel,
     count_rows_kernel,
 )
-from ._center_loss_segments import OUT_GRAD, OUT_MOVE, OUT_STEP, class_sums
+from ._center_loss_segments import class_sums
 from ._common import (
     DIVISOR_COUNTED,
     DIVISOR_HERE,
