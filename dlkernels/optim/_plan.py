@@ -87,7 +87,8 @@ class Found:
             raise TypeError(f"the gradient of {where} must have its dtype {owner.dtype}, got {grad.dtype}")
         if grad.device != owner.device:
             raise ValueError(f"the gradient of {where} must be on its device {owner.device}, got {grad.device}")
-        return local_of(like_parameter(grad, owner)).detach()
+        grad = local_of(like_parameter(grad, owner)).detach().resolve_neg()
+        return grad.clone() if grad._is_zerotensor() else grad
 
 
 class Part:
@@ -143,6 +144,8 @@ class Plan:
         self.options = self._options(optimizer)
         # The compiled table looks after everything by itself.
         self.table = self.parts[0].runner.table if self.backends == ["cpp"] and not self.sharded else None
+        if self.table is not None:
+            self.table.watch(optimizer.param_groups, optimizer.state)
 
     @staticmethod
     def _options(optimizer: FusedOptimizer) -> tuple[Any, ...]:
