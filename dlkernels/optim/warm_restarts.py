@@ -76,7 +76,8 @@ class CosineWarmRestarts(LRScheduler):
         last_epoch: -1 to begin; else the number of the last call of `step` to go on from, which counts epochs, or
             batches with `steps_per_epoch`. The optimizer's groups must then have their "initial_lr".
         steps_per_epoch: calls of `step()` in an epoch, for loops and trainers that call it after each update: a bare
-            `step()` goes on by 1 / steps_per_epoch epochs, instead of by one epoch.
+            `step()` goes on by 1 / steps_per_epoch epochs, instead of by one epoch. (A scheduler prepared by accelerate
+            is called once per process for each update, unless split_batches=True: all these count.)
         weight_decay_norm: lambda_norm. A number is for all groups whose `weight_decay` is not 0: groups made with 0,
             as usual for biases and norms, stay without decay. A list or tuple gives each group its own, 0 included;
             groups added later then keep the decay that they come with. None leaves every decay alone.
@@ -102,8 +103,8 @@ class CosineWarmRestarts(LRScheduler):
           (Proposition 1 of the paper); for `torch.optim.Adam` none is (Proposition 2). A group whose base_lr is 0 keeps
           its decay: there is nothing to divide by.
         * It sets the rates, as torch's scheduler does, and does not multiply the present ones: put a warm-up before it
-          with `SequentialLR`. In a `ChainedScheduler` it overrides the schedulers in front of it. The epochs begin, and
-          the decay of the first cycle holds from the construction on, whatever comes before it in a `SequentialLR`.
+          with `SequentialLR`, whose milestone is then epoch 0; the decay of the first cycle holds during the warm-up
+          too. In a `ChainedScheduler` it overrides the schedulers in front of it.
         * Groups added later begin at the current epoch; their base_lr is their "initial_lr", else their "lr".
         * Attributes, to be read: `T_cur`, `T_i`, and `cycle`, which counts the restarts.
 
@@ -242,9 +243,10 @@ class CosineWarmRestarts(LRScheduler):
         m, cycles = self.T_mult, epoch / self.T_0
         n = math.floor(cycles if m == 1.0 else math.log1p(cycles * (m - 1.0)) / math.log1p(m - 1.0))
         # The logarithm is only near the number of the cycle: rounding may put it on the wrong side of a restart.
-        while n > 0 and self._start(n) > epoch * (1.0 + _SNAP):
+        late = epoch * (1.0 + _SNAP)
+        while n > 0 and self._start(n) > late:
             n -= 1
-        while self._start(n + 1) <= epoch * (1.0 + _SNAP):
+        while self._start(n + 1) <= late:
             n += 1
         return n, max(epoch - self._start(n), 0.0), self.T_0 * m**n
 

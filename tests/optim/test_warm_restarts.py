@@ -186,7 +186,6 @@ def test_closed_form_equals_a_slow_loop() -> None:
     from hypothesis import assume, given
     from hypothesis import strategies as st
 
-    decimal.getcontext().prec = 60
     lengths = st.one_of(st.integers(1, 30), st.floats(0.125, 40))
     growths = st.one_of(st.sampled_from([1, 2, 3]), st.floats(1, 4), st.floats(0, 1e-3).map(lambda x: 1 + x))
     epochs = st.one_of(st.integers(0, 300), st.floats(0, 300), st.integers(0, 4000).map(lambda i: i / 13))
@@ -197,11 +196,11 @@ def test_closed_form_equals_a_slow_loop() -> None:
         scheduler = CosineWarmRestarts(optimizer, T_0, T_mult, eta_min)
         for epoch in jumps:
             now, start, length, cycle = decimal.Decimal(epoch), decimal.Decimal(0), decimal.Decimal(T_0), 0
-            late = now * decimal.Decimal(1 + 1e-12)
+            late = now * (1 + decimal.Decimal("1e-12"))
             while late >= start + length:
                 start, length, cycle = start + length, length * decimal.Decimal(T_mult), cycle + 1
             # Where rounding may decide on which side of a restart an epoch is, there is nothing to compare.
-            assume(all(abs(late - x) > now * decimal.Decimal(1e-13) for x in (start, start + length)) or epoch == 0)
+            assume(all(abs(late - x) > now * decimal.Decimal("1e-13") for x in (start, start + length)) or epoch == 0)
             T_cur, T_i = float(max(now - start, decimal.Decimal(0))), float(length)
             scheduler.step(epoch)
             assert scheduler.cycle == cycle
@@ -212,7 +211,9 @@ def test_closed_form_equals_a_slow_loop() -> None:
             assert abs(rate(optimizer) - exact) <= math.pi / 2 * error
             assert eta_min * (1 - EPS) <= rate(optimizer) <= 1 + EPS
 
-    holds()
+    with decimal.localcontext() as context:
+        context.prec = 60
+        holds()
 
 
 def test_no_drift() -> None:
@@ -299,9 +300,9 @@ def test_no_norm_leaves_the_decay_alone() -> None:
     for _ in range(9):
         scheduler.step()
     assert decays(optimizer) == [0.1, 0.0]
-    lion = torch.optim.Rprop([weight()], lr=0.1)  # has no decay at all
-    CosineWarmRestarts(lion, 1).step()
-    assert "weight_decay" not in lion.param_groups[0]
+    plain = torch.optim.Rprop([weight()], lr=0.1)  # has no decay at all
+    CosineWarmRestarts(plain, 1).step()
+    assert "weight_decay" not in plain.param_groups[0]
 
 
 def test_a_group_without_a_rate_keeps_its_decay() -> None:
@@ -563,6 +564,11 @@ def test_a_first_step_without_an_update_warns_as_torch_does() -> None:
     scheduler = CosineWarmRestarts(sgd(), 4)
     with pytest.warns(UserWarning, match="before `optimizer.step"):
         scheduler.step()
+    jumped = CosineWarmRestarts(sgd(), 4)
+    jumped.step(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jumped.step()
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -594,7 +600,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[f"{list(b[0])[0]}-{i}" for i, b in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), BAD, ids=[f"{next(iter(b[0]))}-{i}" for i, b in enumerate(BAD)]
+)
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
     """And nothing was written before the check."""
     optimizer = two_groups()
@@ -608,11 +616,13 @@ def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -
 def test_rejects_optimizers_without_a_decay() -> None:
     with pytest.raises(ValueError, match=r"^`optimizer` must have groups with a `weight_decay`, got group 0 without"):
         CosineWarmRestarts(torch.optim.Rprop([weight()]), 1, weight_decay_norm=0.1, **SIZES)
-    with pytest.raises(ValueError, match="^`weight_decay_norm` needs a group with `weight_decay` > 0"):
+    with pytest.raises(ValueError, match=r"^`weight_decay_norm` needs a group with `weight_decay` > 0"):
         CosineWarmRestarts(sgd(), 1, weight_decay_norm=0.1, **SIZES)
     odd = sgd(weight_decay=0.1)
     odd.param_groups[0]["decoupling"] = "paper"
-    with pytest.raises(ValueError, match="^`decoupling of the optimizer` must be one of 'lr', 'schedule', got 'paper'"):
+    with pytest.raises(
+        ValueError, match=r"^`decoupling of the optimizer` must be one of 'lr', 'schedule', got 'paper'"
+    ):
         CosineWarmRestarts(odd, 1, weight_decay_norm=0.1, **SIZES)
 
 
@@ -623,16 +633,16 @@ def test_rejects_epochs_and_foreign_states() -> None:
     scheduler.step(1.5)
     before = scheduler.state_dict()
     for epoch in (-1, -1e-9, math.nan, math.inf, 1e10):
-        with pytest.raises(ValueError, match="^`epoch` must be"):
+        with pytest.raises(ValueError, match=r"^`epoch` must be"):
             scheduler.step(epoch)
-    with pytest.raises(TypeError, match="^`epoch` must be a number, got str"):
-        scheduler.step("1")
+    with pytest.raises(TypeError, match=r"^`epoch` must be a number, got str"):
+        scheduler.step("x")
     theirs = lr_scheduler.CosineAnnealingWarmRestarts(sgd(), 4)
-    with pytest.raises(ValueError, match="^`state_dict` must be that of a CosineWarmRestarts, got one without cycle"):
+    with pytest.raises(ValueError, match=r"^`state_dict` must be that of a CosineWarmRestarts, got one without cycle"):
         scheduler.load_state_dict(theirs.state_dict())
     assert scheduler.state_dict() == before
 
 
 def test_examples_of_the_docstrings() -> None:
     result = doctest.testmod(warm_restarts)
-    assert result.failed == 0 and result.attempted >= 8
+    assert result.failed == 0 and result.attempted >= 7
