@@ -21,7 +21,8 @@ class Item:
 
     Args:
         position: of the parameter among all parameters of the optimizer.
-        param, grad: of one dtype and shape.
+        param, grad: of one dtype and shape. A gradient is held for the time of a step only: whoever sets it to None wants
+            the memory back.
         slots: the moments, None where there is none; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGDW: momentum_buffer.
         master: the parameter in float32, or None.
         average: moving average of the parameter (float32, float64 beside float64), or None.
@@ -33,7 +34,7 @@ class Item:
 
     position: int
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     slots: tuple[Tensor | None, ...]
     master: Tensor | None
     average: Tensor | None
@@ -71,7 +72,7 @@ class Found:
     def __init__(self, position: int, group: int, owner: Tensor) -> None:
         self.position, self.group, self.owner = position, group, owner
         self.param = local_of(owner.detach())
-        self.grad = self.local_grad()
+        self.grad: Tensor | None = self.local_grad()
 
     def local_grad(self) -> Tensor:
         """The gradient of now, or an error that says what is wrong with it."""
@@ -103,6 +104,10 @@ class Part:
         self.runner: Any = None
         self._row_of: dict[tuple[int, int], int] = {}
 
+    def forget_grads(self) -> None:
+        for item in self.items:
+            item.grad = None
+
     def row(self, group: int, step: Tensor | None) -> int:
         at = self._row_of.setdefault((group, id(step)), len(self.rows))
         if at == len(self.rows):
@@ -131,7 +136,7 @@ class Plan:
                 self.parts.append(part)
             part.found.append(f)
             part.items.append(self._item(optimizer, f, part))
-        self.backends = [_backend.choose(part.device.type) for part in self.parts]
+        self.forced = _backend.state.forced
         for part in self.parts:
             part.runner = make_runner(
                 optimizer._family,
@@ -143,7 +148,8 @@ class Plan:
             )
         self.options = self._options(optimizer)
         # The compiled table looks after everything by itself.
-        self.table = self.parts[0].runner.table if self.backends == ["cpp"] and not self.sharded else None
+        only = self.parts[0].runner if len(self.parts) == 1 and not self.sharded else None
+        self.table = getattr(only, "table", None)
         if self.table is not None:
             self.table.watch(optimizer.param_groups, optimizer.state)
 
@@ -154,7 +160,7 @@ class Plan:
 
     def _item(self, optimizer: FusedOptimizer, f: Found, part: Part) -> Item:
         state = optimizer.state[f.owner]
-        param, grad = f.param, f.grad
+        param, grad, f.grad = f.param, f.grad, None
         if not is_dense(param):
             param = param.clone(memory_format=torch.contiguous_format)
             self._copied(f.param, param)
@@ -200,9 +206,7 @@ class Plan:
 
     def fresh(self, optimizer: FusedOptimizer) -> bool:
         """Whether this plan still is what is to be done; takes the gradients of now."""
-        if not self.repeats or self.options != self._options(optimizer):
-            return False
-        if self.backends != [_backend.choose(part.device.type) for part in self.parts]:
+        if not self.repeats or self.options != self._options(optimizer) or self.forced != _backend.state.forced:
             return False
         if self.table is not None:
             return self.table.refresh(optimizer.param_groups, optimizer.state)
@@ -224,7 +228,7 @@ class Plan:
                 if param.data_ptr() != item.param.data_ptr() or param.dtype != item.param.dtype:
                     return False
                 grad = f.local_grad()
-                if grad.stride() != item.grad.stride() and grad.numel() > 1:
+                if grad.stride() != item.param.stride() and grad.numel() > 1:
                     return False
                 grads.append(grad)
             part.runner.set_grads(grads)
@@ -252,6 +256,7 @@ class Plan:
                 max_norm=optimizer.max_grad_norm,
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
+            part.forget_grads()
         optimizer._norm = norm
         for original, copy in self.copies:
             original.copy_(copy)
