@@ -300,15 +300,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._step_outside_graph(closure)
         if type(self).step is not FusedOptimizer.step:  # overridden: torch has put the hooks around that
             return self._closure_and_step(closure)
-        return self._step_with_hooks(closure)
+        if self._has_hooks() or torch.autograd._profiler_enabled():
+            return self._step_with_hooks(closure)
+        return self._closure_and_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper would cost more than a small step
 
+    def _has_hooks(self) -> bool:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
     def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
         """What torch.optim.Optimizer.profile_hook_step puts around a step."""
-        profiling = torch.autograd._profiler_enabled()
-        name = f"Optimizer.step#{type(self).__name__}.step"
-        with torch.autograd.profiler.record_function(name) if profiling else contextlib.nullcontext():
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
             kwargs: dict[str, Any] = {}
             for hook in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):

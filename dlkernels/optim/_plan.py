@@ -102,11 +102,14 @@ class Part:
         self.group_of_row: list[int] = []
         self.found: list[Found] = []
         self.runner: Any = None
+        self.holds_grads = True
         self._row_of: dict[tuple[int, int], int] = {}
 
     def forget_grads(self) -> None:
-        for item in self.items:
-            item.grad = None
+        if self.holds_grads:
+            for item in self.items:
+                item.grad = None
+            self.holds_grads = False
 
     def row(self, group: int, step: Tensor | None) -> int:
         at = self._row_of.setdefault((group, id(step)), len(self.rows))
@@ -232,18 +235,35 @@ class Plan:
                     return False
                 grads.append(grad)
             part.runner.set_grads(grads)
+            part.holds_grads = True
         return True
 
     def run(self, optimizer: FusedOptimizer) -> None:
+        groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
             for row, group in zip(part.rows, part.group_of_row, strict=True):
-                row.values = optimizer._values(optimizer.param_groups[group])
-        inv_scale = found_inf = squares = None
-        scale = getattr(optimizer, "grad_scale", None)
+                row.values = values(groups[group])
+        clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if clips or scale is not None or found_inf is not None:
+            optimizer._norm = self._run_scaled(optimizer, clips, scale, found_inf)
+        else:
+            for part in self.parts:
+                part.runner.run(part.rows)
+            optimizer._norm = None
+        for part in self.parts:
+            part.forget_grads()
+        for original, copy in self.copies:
+            original.copy_(copy)
+        if self.table is None:
+            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+
+    def _run_scaled(self, optimizer: FusedOptimizer, clips: bool, scale: Any, found_inf: Any) -> Any:
+        """With the norm of all gradients, or what a GradScaler says: a number for the CPU, tensors for GPUs."""
+        inv_scale = squares = norm = None
         if scale is not None:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
-        found_inf = getattr(optimizer, "found_inf", None)
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+        if clips:
             for part in self.parts:
                 total = reduce_squares(part.runner.squares(len(self.keys)), self.keys, part.device)
                 squares = total if squares is None else squares + _on(total, squares)
@@ -256,12 +276,7 @@ class Plan:
                 max_norm=optimizer.max_grad_norm,
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
-            part.forget_grads()
-        optimizer._norm = norm
-        for original, copy in self.copies:
-            original.copy_(copy)
-        if self.table is None:
-            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+        return norm
 
 
 def _on(total: Any, other: Any) -> Any:
