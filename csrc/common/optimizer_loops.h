@@ -50,7 +50,7 @@ class Randoms {
  public:
   static constexpr bool kParameter = std::is_same<T, bfloat16>::value, kSlots = std::is_same<S, bfloat16>::value;
   static constexpr bool kAny = kParameter || kSlots;
-  static constexpr int64_t kStride = kPhiloxRandoms + kFloatLanes;  // a vector may begin at the last number
+  static constexpr int64_t kStride = kPhiloxRandoms + 32;  // a vector may begin at the last number
 
   // `slots`: how many of them are rounded if they are bfloat16.
   DL_INLINE Randoms(const StepTensor& t, const Rounding& r, int slots)
