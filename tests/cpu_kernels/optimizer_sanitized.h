@@ -135,6 +135,18 @@ inline Array copy_of(const Array& a) {
   return b;
 }
 
+// The NaN with all bits set: random bits added to it would make it a number.
+inline void set_nan(Array& a, int64_t i) {
+  const size_t size = static_cast<size_t>(size_of(a.type));
+  std::memset(static_cast<char*>(a.data()) + static_cast<size_t>(i) * size, 0xff, size);
+}
+inline void check_nan(const Array& a, int64_t i, bool stochastic) {
+  check(std::isnan(a.get(i)), "NaN", a.get(i), NAN);
+  if (!stochastic || a.type != Float::kBFloat16) return;
+  const uint16_t bits = static_cast<const uint16_t*>(a.data())[i];
+  check(bits == 0x7fc0, "bits of NaN", bits, 0x7fc0);
+}
+
 // squares(grad, dtype, begin, end): values that float can square, some that it cannot, infinities and NaN.
 template <class Squares>
 void check_squares(Squares squares) {
