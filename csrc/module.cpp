@@ -12,6 +12,7 @@
 #include "cpu/focal_loss_eager.h"
 #include "cpu/gccs_loss_eager.h"
 #include "cpu/group_norm_eager.h"
+#include "cpu/optimizer_table.h"
 #include "cpu/region_biased_loss_eager.h"
 #include "cpu/squeeze_excite_eager.h"
 #include "cpu/stochastic_depth_eager.h"
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_gccs_loss(m);
   dlkernels::bind_group_norm(m);
+  dlkernels::bind_optimizers(m);
   dlkernels::bind_region_biased_loss(m);
   dlkernels::bind_squeeze_excite(m);
   dlkernels::bind_stochastic_depth(m);

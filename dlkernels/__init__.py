@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension links against libtorch)
 
-from . import nn, ops
+from . import nn, ops, optim
 from ._backend import backend
 from ._info import build_info
 from ._version import __version__
@@ -33,6 +33,7 @@ __all__ = [
     "island_loss",
     "nn",
     "ops",
+    "optim",
     "region_biased_loss",
     "sigmoid_focal_loss",
     "softmax_focal_loss",

@@ -250,6 +250,17 @@ template <>
 DL_INLINE float vsqrt(float x) {
   return std::sqrt(x);
 }
+template <>
+DL_INLINE vfloat vsqrt(vfloat x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vfloat>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vfloat>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kFloatLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
 
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 
@@ -259,10 +270,12 @@ DL_INLINE vfloat load(const float* p) {
   return v;
 }
 DL_INLINE double load(const double* p) { return *p; }
-// Between 16 and 32 bits. The compiler's own conversion of a whole AVX-512 vector goes by halves.
+// Between 16 and 32 bits. The compiler's own conversion goes by halves or by lanes.
 DL_INLINE vuint widen(vhalf h) {
 #if defined(__AVX512F__)
   return bit_cast<vuint>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return bit_cast<vuint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)));
 #else
   return __builtin_convertvector(h, vuint);
 #endif
@@ -270,6 +283,9 @@ DL_INLINE vuint widen(vhalf h) {
 DL_INLINE vhalf narrow(vuint v) {
 #if defined(__AVX512F__)
   return bit_cast<vhalf>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i bits = bit_cast<__m256i>(v & 0xffffu);
+  return bit_cast<vhalf>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08)));
 #else
   return __builtin_convertvector(v, vhalf);
 #endif

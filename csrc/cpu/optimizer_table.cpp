@@ -1,0 +1,292 @@
+// One call per optimizer step for all parameters: a table of pointers that is made once, and looked over at each step.
+//
+// Python (dlkernels/optim/_plan.py) checks everything and makes the table. `refresh` then says whether all is as it was:
+// the same parameters in the same groups, the same state tensors at the same addresses, gradients of the same kind for
+// the same sets of parameters. It takes the addresses of the gradients; where anything differs, Python plans anew.
+#include "optimizer_table.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "../common/host.h"
+
+namespace dlkernels {
+namespace {
+
+namespace py = pybind11;
+
+using ItemTensors = std::tuple<int64_t, at::Tensor, at::Tensor, std::vector<std::optional<at::Tensor>>,
+                               std::optional<at::Tensor>, std::optional<at::Tensor>>;
+using ItemNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+struct Item {
+  int64_t owner;
+  at::Tensor param, grad;
+  std::vector<at::Tensor> others;  // slots, master and average that there are, with the pointers in `tensor`
+  std::vector<void*> pointers;
+  StepTensor tensor;
+  int64_t norm_set;
+  bool present = true;
+};
+
+// A run of elements of one item: what a thread takes at a time.
+struct Piece {
+  int64_t item, begin, end;
+};
+
+void* data_of(const at::Tensor& x) { return x.mutable_data_ptr(); }
+
+class OptimizerTable {
+ public:
+  OptimizerTable(const std::string& family, const py::list& owners,
+                 const std::vector<std::pair<ItemTensors, ItemNumbers>>& items, std::vector<at::Tensor> counters,
+                 std::vector<int64_t> counter_of_row)
+      : family_(family == "adamw" ? adamw_family() : sgdw_family()),
+        counters_(std::move(counters)),
+        counter_of_row_(std::move(counter_of_row)) {
+    for (const py::handle owner : owners) {
+      keep(owner.ptr());
+      owners_.push_back({owner.ptr(), THPVariable_Unpack(owner.ptr()), -1});
+    }
+    for (const auto& [tensors, numbers] : items) add(tensors, numbers);
+    members_.assign(counters_.size(), 0);
+    for (const Item& item : items_)
+      if (counter(item) >= 0) ++members_[counter(item)];
+    cut();
+  }
+
+  // Remember whose parameters and which state this is, for `refresh`.
+  void watch(const py::list& param_groups, const py::dict& state) {
+    groups_.clear(), state_.clear();
+    for (const py::handle group : param_groups) {
+      PyObject* params = PyDict_GetItemString(group.ptr(), "params");
+      groups_.push_back(PyList_GET_SIZE(params));
+    }
+    walk_state(state.ptr(), [&](PyObject* object) {
+      keep(object);
+      state_.push_back(object);
+      return true;
+    });
+  }
+
+  bool refresh(const py::list& param_groups, const py::dict& state) {
+    if (!same_groups(param_groups.ptr())) return false;
+    size_t at = 0;
+    const bool same = walk_state(
+        state.ptr(), [&](PyObject* object) { return at < state_.size() && state_[at++] == object; });
+    return same && at == state_.size() && take_grads();
+  }
+
+  // Gradients like those that the table was made with, one for each item.
+  void set_grads(const std::vector<at::Tensor>& grads) {
+    TORCH_CHECK_VALUE(grads.size() == items_.size(), "expected ", items_.size(), " gradients, got ", grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      items_[i].grad = grads[i];
+      items_[i].tensor.grad = grads[i].const_data_ptr();
+    }
+  }
+
+  // Of the raw gradients, by norm set; partial sums per piece are added in order: the same for any number of threads.
+  std::vector<double> squares(int64_t sets) const {
+    std::vector<double> of_piece(pieces_.size()), sums(sets);
+    {
+      py::gil_scoped_release release;
+      parallel([&](size_t i) {
+        const Piece& p = pieces_[i];
+        const StepTensor& t = items_[p.item].tensor;
+        of_piece[i] = family_.squares(t.grad, t.dtype, p.begin, p.end);
+      });
+    }
+    for (size_t i = 0; i < pieces_.size(); ++i) sums[items_[pieces_[i].item].norm_set] += of_piece[i];
+    return sums;
+  }
+
+  void step(const std::vector<std::vector<double>>& rows, double factor, double average_decay,
+            std::optional<uint64_t> seed) {
+    TORCH_CHECK_VALUE(rows.size() == counter_of_row_.size(), "expected ", counter_of_row_.size(), " rows");
+    const auto loop = family_.loop({factor, average_decay, seed.has_value(), seed.value_or(0)});
+    for (size_t r = 0; r < rows.size(); ++r) {
+      TORCH_CHECK_VALUE(rows[r].size() == family_.values, "expected ", family_.values, " numbers in a row");
+      const int64_t c = counter_of_row_[r];
+      loop->add_row(rows[r], c < 0 ? 0 : static_cast<int64_t>(*counters_[c].const_data_ptr<float>()) + 1);
+    }
+    {
+      py::gil_scoped_release release;
+      parallel([&](size_t i) {
+        const Piece& p = pieces_[i];
+        loop->run(items_[p.item].tensor, p.begin, p.end);
+      });
+    }
+    std::vector<char> counted(counters_.size(), 0);
+    for (const Item& item : items_) {
+      if (!item.present) continue;
+      bump(owners_[item.owner].tensor);
+      const int64_t c = counter(item);
+      if (c >= 0 && !counted[c]) *counters_[c].mutable_data_ptr<float>() += 1, counted[c] = 1;
+    }
+  }
+
+ private:
+  struct Owner {
+    PyObject* object;
+    at::Tensor tensor;
+    int64_t item;  // or -1: it had no gradient when the table was made
+  };
+
+  void keep(PyObject* object) { kept_.push_back(py::reinterpret_borrow<py::object>(object)); }
+  int64_t counter(const Item& item) const { return counter_of_row_[item.tensor.row]; }
+
+  static void bump(const at::Tensor& x) {
+    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  }
+
+  void add(const ItemTensors& tensors, const ItemNumbers& numbers) {
+    const auto& [owner, param, grad, slots, master, average] = tensors;
+    Item item{};
+    item.owner = owner, item.param = param, item.grad = grad;
+    StepTensor& t = item.tensor;
+    std::tie(t.row, item.norm_set, t.offset, t.period, t.full_period, t.index) = numbers;
+    t.param = data_of(param);
+    t.grad = grad.const_data_ptr();
+    t.numel = param.numel();
+    t.dtype = t.slot_dtype = float_kind("params", param);
+    const auto other = [&](const std::optional<at::Tensor>& x) -> void* {
+      if (!x.has_value()) return nullptr;
+      TORCH_CHECK_VALUE(x->numel() == t.numel, "a state tensor must have its parameter's size");
+      item.others.push_back(*x);
+      item.pointers.push_back(data_of(*x));
+      return item.pointers.back();
+    };
+    for (size_t i = 0; i < slots.size(); ++i) {
+      t.slots[i] = other(slots[i]);
+      if (t.slots[i] != nullptr) t.slot_dtype = float_kind("state", *slots[i]);
+    }
+    for (const auto& slot : slots)
+      TORCH_CHECK_TYPE(!slot.has_value() || float_kind("state", *slot) == t.slot_dtype,
+                       "the moments of a parameter must have one dtype");
+    t.master = other(master);
+    t.average = other(average);
+    owners_[owner].item = static_cast<int64_t>(items_.size());
+    items_.push_back(std::move(item));
+  }
+
+  bool same_groups(PyObject* groups) const {
+    if (PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) return false;
+    size_t at = 0;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      PyObject* params = PyDict_GetItemString(PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g)), "params");
+      if (params == nullptr || !PyList_Check(params) || PyList_GET_SIZE(params) != groups_[g]) return false;
+      for (Py_ssize_t i = 0; i < groups_[g]; ++i)
+        if (PyList_GET_ITEM(params, i) != owners_[at++].object) return false;
+    }
+    return at == owners_.size();
+  }
+
+  // f(object) for every key, dictionary and value of the state, until one says false.
+  template <class F>
+  static bool walk_state(PyObject* state, F f) {
+    PyObject *key, *value, *name, *entry;
+    Py_ssize_t i = 0;
+    while (PyDict_Next(state, &i, &key, &value)) {
+      if (!f(key) || !f(value)) return false;
+      if (!PyDict_Check(value)) continue;
+      Py_ssize_t j = 0;
+      while (PyDict_Next(value, &j, &name, &entry))
+        if (!f(entry)) return false;
+    }
+    return true;
+  }
+
+  bool take_grads() {
+    bool changed = false;
+    for (Owner& owner : owners_) {
+      const at::Tensor& grad = owner.tensor.grad();
+      if (owner.item < 0) {
+        if (grad.defined()) return false;
+        continue;
+      }
+      Item& item = items_[owner.item];
+      changed |= item.present != grad.defined();
+      item.present = grad.defined();
+      if (!item.present) continue;
+      if (!same_kind(item, owner.tensor, grad)) return false;
+      item.tensor.grad = grad.const_data_ptr();
+    }
+    if (changed) {
+      std::vector<int64_t> present(counters_.size(), 0);
+      for (const Item& item : items_)
+        if (item.present && counter(item) >= 0) ++present[counter(item)];
+      for (size_t c = 0; c < present.size(); ++c)
+        if (present[c] != 0 && present[c] != members_[c]) return false;  // some of those that share it are left out
+      cut();
+    }
+    return true;
+  }
+
+  static bool same_kind(const Item& item, const at::Tensor& owner, const at::Tensor& grad) {
+    if (owner.const_data_ptr() != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
+    for (size_t i = 0; i < item.others.size(); ++i)
+      if (item.others[i].const_data_ptr() != item.pointers[i]) return false;
+    const auto keys = grad.key_set();
+    if (grad.layout() != at::kStrided || keys.has(at::DispatchKey::Python) || keys.has(at::DispatchKey::Negative) ||
+        keys.has(at::DispatchKey::ZeroTensor))
+      return false;
+    return grad.scalar_type() == item.param.scalar_type() && grad.device() == item.param.device() &&
+           grad.sizes() == item.param.sizes() && (grad.strides() == item.param.strides() || grad.numel() <= 1);
+  }
+
+  // The pieces of the items that are present.
+  void cut() {
+    pieces_.clear();
+    elements_ = 0;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (!items_[i].present) continue;
+      const int64_t n = items_[i].tensor.numel;
+      elements_ += n;
+      for (int64_t begin = 0; begin < n; begin += kPiece)
+        pieces_.push_back({static_cast<int64_t>(i), begin, std::min(n, begin + kPiece)});
+    }
+  }
+
+  template <class F>
+  void parallel(F f) const {
+    const int64_t n = static_cast<int64_t>(pieces_.size());
+    if (n == 0) return;
+    at::parallel_for(0, n, grain(elements_ / n), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
+    });
+  }
+
+  OptimizerFamily family_;
+  std::vector<at::Tensor> counters_;  // [] float32 each
+  std::vector<int64_t> counter_of_row_;
+  std::vector<int64_t> members_;  // items of each counter
+  std::vector<Owner> owners_;
+  std::vector<Item> items_;
+  std::vector<Piece> pieces_;
+  int64_t elements_ = 0;
+  std::vector<Py_ssize_t> groups_;  // parameters of each
+  std::vector<PyObject*> state_;    // what walk_state saw
+  std::vector<py::object> kept_;    // all objects whose addresses are compared live as long as the table
+};
+
+}  // namespace
+
+void bind_optimizers(pybind11::module_& m) {
+  py::class_<OptimizerTable>(m, "OptimizerTable")
+      .def(py::init<const std::string&, const py::list&, const std::vector<std::pair<ItemTensors, ItemNumbers>>&,
+                    std::vector<at::Tensor>, std::vector<int64_t>>())
+      .def("watch", &OptimizerTable::watch)
+      .def("refresh", &OptimizerTable::refresh)
+      .def("set_grads", &OptimizerTable::set_grads)
+      .def("squares", &OptimizerTable::squares)
+      .def("step", &OptimizerTable::step, py::arg("rows"), py::arg("factor"), py::arg("average_decay"),
+           py::arg("seed"));
+}
+
+}  // namespace dlkernels

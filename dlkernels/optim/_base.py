@@ -1,0 +1,367 @@
+"""What the optimizers share: options, checks, state and its counters, and the step itself.
+
+A step is planned once (`_build`: every check, state for new parameters, lists for the runner) and then repeated for as
+long as nothing but values changes: the same parameters with gradients of the same kind, the same state tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from ._plan import Found, Plan
+from ._sharding import local_of, place_of
+
+# Options of the whole optimizer and not of a group, with their defaults.
+OPTIONS: dict[str, Any] = {
+    "max_grad_norm": None,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "state_dtype": None,
+    "ema_decay": None,
+    "skip_nonfinite": False,
+    "fused_unscale": False,
+}
+HALF = (torch.bfloat16, torch.float16)
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of AdamW and SGDW."""
+
+    _family: str
+    _slots: tuple[str, ...]  # names of the moments in the state
+
+    # What a subclass says of a group ----------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise for a bad hyper-parameter."""
+        raise NotImplementedError
+
+    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The scalars of a row, see `_plan.Row`."""
+        raise NotImplementedError
+
+    def _slots_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The moments that parameters of this group have."""
+        raise NotImplementedError
+
+    def _counts(self) -> bool:
+        """Whether the state has a step counter."""
+        raise NotImplementedError
+
+    # Construction -----------------------------------------------------------------------------------------------------
+
+    def _set_options(self, options: dict[str, Any]) -> None:
+        o = {**OPTIONS, **options}
+        if o["max_grad_norm"] is not None and not _checks.number("max_grad_norm", o["max_grad_norm"]) > 0:
+            raise ValueError(f"`max_grad_norm` must be > 0 or None, got {o['max_grad_norm']}")
+        if o["ema_decay"] is not None:
+            _checks.in_unit_interval("ema_decay", o["ema_decay"])
+        if o["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"`state_dtype` must be torch.float32, torch.bfloat16 or None, got {o['state_dtype']}")
+        seed = _checks.integer("seed", o["seed"])
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"`seed` must be in [0, 2**64), got {seed}")
+        self.__dict__.update(o)
+        self._forget_plan()
+        self._averages: list[tuple[Tensor, Tensor]] | None = None
+        self._norm: Any = None
+        if o["fused_unscale"]:
+            self._step_supports_amp_scaling = True
+
+    def _forget_plan(self) -> None:
+        self._plan: Plan | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with options of its own.
+
+        Raises:
+            ValueError: for a bad hyper-parameter, a parameter twice, an option that is not of a group.
+            TypeError: for complex, integer or sparse parameters.
+        """
+        if isinstance(param_group, dict):
+            for name in OPTIONS.keys() & param_group.keys():
+                raise ValueError(f"`{name}` is an option of the optimizer, not of a parameter group")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        if len({id(p) for p in group["params"]}) != len(group["params"]):
+            raise ValueError("a parameter must not appear twice in a parameter group")
+        for p in group["params"]:
+            if p.is_complex():
+                raise TypeError(f"parameters must be real, got {p.dtype}: optimize torch.view_as_real of it")
+            _checks.floating("params", p)
+            if self.stochastic_rounding and not self.master_weights:
+                if p.dtype == torch.float16:
+                    raise TypeError(
+                        "`stochastic_rounding` rounds bfloat16: use `master_weights` for float16 parameters"
+                    )
+                if place_of(p) is None:
+                    raise ValueError("`stochastic_rounding` needs parameters that are sharded in one dimension at most")
+        self._check_group(group)
+        self._new_group(group)
+        self.param_groups.append(group)
+        self._forget_plan()
+
+    def _check_common(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"`lr` must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+            if lr.device.type == "cpu":
+                _checks.non_negative("lr", lr.item())
+        else:
+            _checks.non_negative("lr", lr)
+        _checks.non_negative("weight_decay", group["weight_decay"])
+        if group["differentiable"]:
+            raise ValueError("`differentiable` must be False: a fused step has no gradient; use torch.optim for that")
+        decoupling = group.get("decoupling", self.decoupling)
+        if decoupling not in ("lr", "schedule"):
+            raise ValueError(f"`decoupling` must be 'lr' or 'schedule', got {decoupling!r}")
+
+    def _new_group(self, group: dict[str, Any]) -> None:
+        """Note what a group was given at construction, and warn of what cannot be meant."""
+        if group.get("decoupling", self.decoupling) == "schedule":
+            group.setdefault("base_lr", float(group["lr"]))
+        self._warn_of_decay(group)
+
+    @staticmethod
+    def _tensor_lr(lr: Tensor) -> Any:
+        """A learning rate on the CPU is a number; on a GPU it stays there."""
+        return lr.item() if lr.device.type == "cpu" else lr.detach()
+
+    def _decay_rate(self, group: dict[str, Any]) -> float:
+        """What lr is multiplied with to give the decay of a step."""
+        weight_decay = float(group["weight_decay"])
+        if group.get("decoupling", self.decoupling) == "lr":
+            return weight_decay
+        base_lr = group.get("base_lr", 0.0)
+        return weight_decay / base_lr if base_lr else 0.0
+
+    def _warn_of_decay(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return
+        decay = float(lr) * self._decay_rate(group)
+        if decay >= 1:
+            warnings.warn(
+                f"each step multiplies the parameters by 1 - {decay:.4g}: the weight decay of a step should be far below 1",
+                stacklevel=_backend._outside(),
+            )
+
+    # Pickling and checkpoints -----------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        more = {name: getattr(self, name) for name in (*OPTIONS, "decoupling", *self._own)}
+        return {**super().__getstate__(), **more, "_averages": self._averages, "_norm": self._norm}
+
+    _own: tuple[str, ...] = ()  # further attributes to pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_plan()
+        if self.fused_unscale:
+            self._step_supports_amp_scaling = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizer has it: every parameter with a `step` of its own."""
+        self._refuse_while_swapped("state_dict()")
+        state_dict = super().state_dict()
+        self._own_counters(state_dict)
+        return state_dict
+
+    def _own_counters(self, state_dict: dict[str, Any]) -> None:
+        """Counters are shared here; whoever gets a state_dict may count each parameter up by itself."""
+        capturable = {
+            i for g in state_dict["param_groups"] if g.get("capturable") or g.get("fused") for i in g["params"]
+        }
+        for i, state in list(state_dict["state"].items()):
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                step = state["step"].clone() if i in capturable else state["step"].detach().cpu().clone()
+                state_dict["state"][i] = {**state, "step": step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class or of torch's optimizer gave.
+
+        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What is
+        missing is made from the parameters.
+        """
+        self._refuse_while_swapped("load_state_dict()")
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        counters: dict[Any, Tensor] = {}
+        for i, p in zip(ids, params, strict=True):
+            saved, state = state_dict["state"].get(i), self.state.get(p)
+            if not saved or not state:
+                continue
+            for name, value in saved.items():  # torch has cast everything to the parameter's dtype
+                if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
+                    wanted = self._dtype_on_load(name, value, p)
+                    state[name] = value.detach().to(device=p.device, dtype=wanted, copy=True)
+            if "step" in state:
+                step = state["step"]
+                key = (float(step), local_of(p).device)
+                if key not in counters:
+                    counters[key] = torch.tensor(key[0], dtype=torch.float32, device=self._counter_device(p))
+                state["step"] = counters[key]
+        self._forget_plan()
+
+    def _dtype_on_load(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
+        if p.dtype == torch.float64:
+            return torch.float64
+        if name in self._slots:
+            kept = value.dtype if value.dtype in (p.dtype, torch.float32, torch.bfloat16) else p.dtype
+            return self.state_dtype or (torch.float32 if self.master_weights and p.dtype in HALF else kept)
+        return torch.float32 if name in ("master_param", "ema") else p.dtype
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def _counter_device(self, p: Tensor) -> torch.device:
+        """On GPUs the kernel counts, so that a step can be captured, or skipped without waiting."""
+        device = local_of(p).device
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    def _moment_dtype(self, p: Tensor) -> torch.dtype:
+        if p.dtype == torch.float64:
+            return torch.float64
+        default = torch.float32 if self.master_weights and p.dtype in HALF else p.dtype
+        return self.state_dtype or default
+
+    def _init_state(self, found: list[Found]) -> None:
+        """Make what is missing; parameters that begin now share one counter."""
+        first: dict[torch.device, Tensor] = {}
+        for f in found:
+            p, state = f.owner, self.state[f.owner]
+            if self._counts() and "step" not in state:
+                device = self._counter_device(p)
+                if device not in first:
+                    first[device] = torch.zeros((), dtype=torch.float32, device=device)
+                state["step"] = first[device]
+            for name in self._slots_of(self.param_groups[f.group]):
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(
+                        p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format, requires_grad=False
+                    )
+            if self.master_weights and p.dtype in HALF and "master_param" not in state:
+                state["master_param"] = p.detach().to(torch.float32, copy=True)
+            if self.ema_decay is not None and "ema" not in state:
+                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                state["ema"] = state.get("master_param", p).detach().to(wide, copy=True)
+
+    def _split_counters(self, found: list[Found]) -> None:
+        """A counter belongs to parameters that were always stepped together: those without a gradient now part."""
+        if not self._counts():
+            return
+        stepped = {id(f.owner) for f in found}
+        members: dict[int, list[tuple[bool, dict[str, Any]]]] = {}
+        for p, state in self.state.items():
+            if isinstance(p, Tensor) and isinstance(state.get("step"), Tensor):
+                members.setdefault(id(state["step"]), []).append((id(p) in stepped, state))
+        for group in members.values():
+            if len({now for now, _ in group}) == 2:
+                rest = [state for now, state in group if not now]
+                step = rest[0]["step"].clone()
+                for state in rest:
+                    state["step"] = step
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step after unscaling and before clipping; None without `max_grad_norm`.
+
+        A 0-d float32 tensor: on the CPU, or where the parameters are, without waiting for it.
+        """
+        return torch.tensor(self._norm) if isinstance(self._norm, float) else self._norm
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; runs with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError, ValueError: for a gradient or a hyper-parameter that cannot be used; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable
+    def _step(self) -> None:
+        if self._averages is not None:
+            self._refuse_while_swapped("step()")
+        plan = self._plan
+        if plan is None or not plan.fresh(self):
+            with torch.no_grad():
+                plan = self._build()
+            if plan is None:
+                return
+        plan.run(self)
+
+    def _build(self) -> Plan | None:
+        """Check everything, then make state and lists. None when no parameter has a gradient."""
+        found = []
+        position = 0
+        for g, group in enumerate(self.param_groups):
+            self._check_group(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    found.append(Found(position, g, p))
+                position += 1
+        if not found:
+            return None
+        self._split_counters(found)
+        self._init_state(found)
+        self._plan = Plan(self, found)
+        return self._plan
+
+    # Averaged weights -------------------------------------------------------------------------------------------------
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self._averages is not None:
+            raise RuntimeError(f"{what} needs the parameters, and their averages are in their place: swap_ema() first")
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Put the moving averages in the place of the parameters, or the parameters back.
+
+        Raises:
+            RuntimeError: when the optimizer was built without `ema_decay`.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("there are no averages: build the optimizer with ema_decay=")
+        if self._averages is None:
+            self._averages = []
+            for p, state in self.state.items():
+                if "ema" in state:
+                    self._averages.append((p, p.detach().clone()))
+                    p.copy_(state["ema"])
+        else:
+            for p, value in self._averages:
+                p.copy_(value)
+            self._averages = None
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """`with optimizer.ema_weights(): evaluate(model)`: the averages in the place of the parameters."""
+        self.swap_ema()
+        try:
+            yield
+        finally:
+            self.swap_ema()

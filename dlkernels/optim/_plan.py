@@ -1,0 +1,272 @@
+"""What one step works on: the parameters that have a gradient, their state, and the scalars of each group and counter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ._sharding import is_sharded, like_parameter, local_of, norm_key, place_of, reduce_squares
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+
+@dataclass(slots=True)
+class Item:
+    """One parameter of a step. All tensors are local, dense and of one memory layout.
+
+    Args:
+        position: of the parameter among all parameters of the optimizer.
+        param, grad: of one dtype and shape.
+        slots: the moments, None where there is none; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGDW: momentum_buffer.
+        master: the parameter in float32, or None.
+        average: moving average of the parameter (float32, float64 beside float64), or None.
+        row: of the plan's rows.
+        norm_set: parameters whose squares are summed over the same ranks.
+        offset, period, full_period: local element i is element i // period * full_period + offset + i % period of the
+            whole parameter.
+    """
+
+    position: int
+    param: Tensor
+    grad: Tensor
+    slots: tuple[Tensor | None, ...]
+    master: Tensor | None
+    average: Tensor | None
+    row: int
+    norm_set: int
+    offset: int
+    period: int
+    full_period: int
+
+    @property
+    def index(self) -> int:
+        return self.position
+
+
+@dataclass(slots=True)
+class Row:
+    """The scalars of the parameters of one group that share a step counter.
+
+    `values` begin with lr (a number, or a tensor on the parameters' device), decay_rate (lr * decay_rate is the decay)
+    and sign (-1 to maximize). AdamW: beta1, beta2, eps follow; SGDW: momentum, paper, nesterov.
+    """
+
+    values: tuple[Any, ...]
+    step: Tensor | None
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether every element of memory between the first and the last belongs to x, once."""
+    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+class Found:
+    """A parameter that has a gradient: both local, the gradient checked."""
+
+    def __init__(self, position: int, group: int, owner: Tensor) -> None:
+        self.position, self.group, self.owner = position, group, owner
+        self.param = local_of(owner.detach())
+        self.grad = self.local_grad()
+
+    def local_grad(self) -> Tensor:
+        """The gradient of now, or an error that says what is wrong with it."""
+        owner, grad = self.owner, self.owner.grad
+        where = f"parameter {self.position}"
+        if grad.layout is not torch.strided:
+            raise TypeError(f"the gradient of {where} must be a strided (dense) tensor, got {grad.layout}")
+        if grad.shape != owner.shape:
+            raise ValueError(
+                f"the gradient of {where} must have its shape {tuple(owner.shape)}, got {tuple(grad.shape)}"
+            )
+        if grad.dtype != owner.dtype:
+            raise TypeError(f"the gradient of {where} must have its dtype {owner.dtype}, got {grad.dtype}")
+        if grad.device != owner.device:
+            raise ValueError(f"the gradient of {where} must be on its device {owner.device}, got {grad.device}")
+        grad = local_of(like_parameter(grad, owner)).detach().resolve_neg()
+        return grad.clone() if grad._is_zerotensor() else grad
+
+
+class Part:
+    """The items on one device, their rows, and the runner that holds them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.items: list[Item] = []
+        self.rows: list[Row] = []
+        self.group_of_row: list[int] = []
+        self.found: list[Found] = []
+        self.runner: Any = None
+        self._row_of: dict[tuple[int, int], int] = {}
+
+    def row(self, group: int, step: Tensor | None) -> int:
+        at = self._row_of.setdefault((group, id(step)), len(self.rows))
+        if at == len(self.rows):
+            self.rows.append(Row((), step))
+            self.group_of_row.append(group)
+        return at
+
+
+class Plan:
+    """One step, repeated for as long as nothing but values changes."""
+
+    def __init__(self, optimizer: FusedOptimizer, found: list[Found]) -> None:
+        from ._runners import make_runner
+
+        self.sharded = any(is_sharded(f.owner) for f in found)
+        self.repeats = True  # whether the same lists serve the next step
+        self.copies: list[tuple[Tensor, Tensor]] = []  # what is not dense, and the dense tensor stepped in its place
+        self.keys: list[Any] = []
+        self.owners = [p for group in optimizer.param_groups for p in group["params"]]
+        self.states = {f.position: tuple(optimizer.state[f.owner].values()) for f in found}
+        self.parts: list[Part] = []
+        for f in found:
+            part = next((part for part in self.parts if part.device == f.param.device), None)
+            if part is None:
+                part = Part(f.param.device)
+                self.parts.append(part)
+            part.found.append(f)
+            part.items.append(self._item(optimizer, f, part))
+        self.backends = [_backend.choose(part.device.type) for part in self.parts]
+        for part in self.parts:
+            part.runner = make_runner(
+                optimizer._family,
+                part.items,
+                part.rows,
+                self.owners,
+                rounding_seed=optimizer.seed if optimizer.stochastic_rounding else None,
+                average_decay=optimizer.ema_decay,
+            )
+        self.options = self._options(optimizer)
+        # The compiled table looks after everything by itself.
+        self.table = self.parts[0].runner.table if self.backends == ["cpp"] and not self.sharded else None
+        if self.table is not None:
+            self.table.watch(optimizer.param_groups, optimizer.state)
+
+    @staticmethod
+    def _options(optimizer: FusedOptimizer) -> tuple[Any, ...]:
+        """What the lists were made for; changing one of these between steps needs new ones."""
+        return optimizer.ema_decay, optimizer.stochastic_rounding, optimizer.seed, optimizer.master_weights
+
+    def _item(self, optimizer: FusedOptimizer, f: Found, part: Part) -> Item:
+        state = optimizer.state[f.owner]
+        param, grad = f.param, f.grad
+        if not is_dense(param):
+            param = param.clone(memory_format=torch.contiguous_format)
+            self._copied(f.param, param)
+        if grad.stride() != param.stride() and grad.numel() > 1:
+            grad = torch.empty_like(param).copy_(grad)
+            self.repeats = False
+        key = norm_key(f.owner)
+        if key not in self.keys:
+            self.keys.append(key)
+        slots = optimizer._slots_of(optimizer.param_groups[f.group])
+        whole = max(1, param.numel())
+        return Item(
+            f.position,
+            param,
+            grad,
+            tuple(self._like(state[name], param) if name in slots else None for name in optimizer._slots),
+            self._like(state.get("master_param") if optimizer.master_weights else None, param),
+            self._like(state.get("ema") if optimizer.ema_decay is not None else None, param),
+            part.row(f.group, state.get("step")),
+            self.keys.index(key),
+            *(place_of(f.owner) or (0, whole, whole)),
+        )
+
+    def _copied(self, original: Tensor, copy: Tensor) -> None:
+        self.copies.append((original, copy))
+        self.repeats = False
+
+    def _like(self, x: Tensor | None, param: Tensor) -> Tensor | None:
+        """A state tensor in the memory layout of its parameter; written back after the step where that takes a copy."""
+        if x is None:
+            return None
+        part = local_of(x)
+        if part.shape != param.shape or part.device != param.device:
+            raise ValueError(
+                f"a state tensor must have its parameter's shape and device, {tuple(param.shape)} on {param.device}, "
+                f"got {tuple(part.shape)} on {part.device}"
+            )
+        if part.stride() == param.stride() or part.numel() <= 1:
+            return part
+        copy = torch.empty_like(param, dtype=part.dtype).copy_(part)
+        self._copied(part, copy)
+        return copy
+
+    def fresh(self, optimizer: FusedOptimizer) -> bool:
+        """Whether this plan still is what is to be done; takes the gradients of now."""
+        if not self.repeats or self.options != self._options(optimizer):
+            return False
+        if self.backends != [_backend.choose(part.device.type) for part in self.parts]:
+            return False
+        if self.table is not None:
+            return self.table.refresh(optimizer.param_groups, optimizer.state)
+        return self._watch(optimizer)
+
+    def _watch(self, optimizer: FusedOptimizer) -> bool:
+        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        if len(owners) != len(self.owners) or any(a is not b for a, b in zip(owners, self.owners, strict=True)):
+            return False
+        if any((p.grad is None) == (position in self.states) for position, p in enumerate(owners)):
+            return False
+        for part in self.parts:
+            grads = []
+            for f, item in zip(part.found, part.items, strict=True):
+                now, before = tuple(optimizer.state[f.owner].values()), self.states[f.position]
+                if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                    return False
+                param = local_of(f.owner.detach())
+                if param.data_ptr() != item.param.data_ptr() or param.dtype != item.param.dtype:
+                    return False
+                grad = f.local_grad()
+                if grad.stride() != item.grad.stride() and grad.numel() > 1:
+                    return False
+                grads.append(grad)
+            part.runner.set_grads(grads)
+        return True
+
+    def run(self, optimizer: FusedOptimizer) -> None:
+        for part in self.parts:
+            for row, group in zip(part.rows, part.group_of_row, strict=True):
+                row.values = optimizer._values(optimizer.param_groups[group])
+        inv_scale = found_inf = squares = None
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
+        found_inf = getattr(optimizer, "found_inf", None)
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+            for part in self.parts:
+                total = reduce_squares(part.runner.squares(len(self.keys)), self.keys, part.device)
+                squares = total if squares is None else squares + _on(total, squares)
+        for part in self.parts:
+            norm = part.runner.run(
+                part.rows,
+                inv_scale=_move(inv_scale, part.device),
+                found_inf=_move(found_inf, part.device),
+                norm_squares=_move(squares, part.device),
+                max_norm=optimizer.max_grad_norm,
+                skip_nonfinite=optimizer.skip_nonfinite,
+            )
+        optimizer._norm = norm
+        for original, copy in self.copies:
+            original.copy_(copy)
+        if self.table is None:
+            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+
+
+def _on(total: Any, other: Any) -> Any:
+    return total.to(other.device) if isinstance(total, Tensor) and isinstance(other, Tensor) else total
+
+
+def _move(x: Any, device: torch.device) -> Any:
+    """A scalar where a runner wants it: a number for the CPU, a tensor for a GPU."""
+    if x is None:
+        return None
+    if device.type == "cpu":
+        return float(x)
+    return x.to(device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=device)

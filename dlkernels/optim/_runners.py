@@ -1,0 +1,179 @@
+"""Who does the arithmetic of a step: compiled loops, Triton, or plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..reference._rounding import random_bits, stochastic_round
+from ..reference.adamw import adamw
+from ..reference.sgdw import sgdw
+from ._plan import Item, Row
+
+
+def make_runner(family: str, items: list[Item], rows: list[Row], owners: list[Tensor], **options: Any) -> Any:
+    """The runner for the items of one device."""
+    device = items[0].param.device
+    backend = _backend.choose(device.type)
+    if backend == "cpp":
+        return CppRunner(family, items, rows, owners, **options)
+    if backend == "triton":
+        from ..triton._multi_tensor import Runner
+
+        return Runner(family, items, **options)
+    return ReferenceRunner(family, items, **options)
+
+
+def host_control(
+    inv_scale: Any, found_inf: Any, norm_squares: Any, max_norm: float | None, skip_nonfinite: bool
+) -> tuple[float, float | None, bool]:
+    """The factor of the gradients, their norm after unscaling, and whether the step is to be left out."""
+    inv = 1.0 if inv_scale is None else float(inv_scale)
+    factor, norm = inv, None
+    if norm_squares is not None:
+        norm = math.sqrt(norm_squares) * inv if norm_squares >= 0 else math.nan
+        if max_norm is not None:
+            clip = max_norm / (norm + 1e-6)
+            factor = inv * (clip if not clip > 1.0 else 1.0)  # a NaN stays one
+    skip = found_inf is not None and float(found_inf) != 0
+    return factor, norm, skip or (skip_nonfinite and not math.isfinite(norm_squares))
+
+
+class CppRunner:
+    """CPU tensors by the compiled loops. The table keeps pointers between steps and notices when they change."""
+
+    device_type = "cpu"
+
+    def __init__(
+        self,
+        family: str,
+        items: list[Item],
+        rows: list[Row],
+        owners: list[Tensor],
+        *,
+        rounding_seed: int | None,
+        average_decay: float | None,
+    ) -> None:
+        counters: list[Tensor] = []
+        counter_of_row = []
+        for row in rows:
+            known = next((i for i, c in enumerate(counters) if c is row.step), -1)
+            if known < 0 and row.step is not None:
+                known = len(counters)
+                counters.append(row.step)
+            counter_of_row.append(known)
+        self.table = _backend.C.OptimizerTable(  # type: ignore[union-attr]
+            family,
+            owners,
+            [
+                (
+                    (i.position, i.param, i.grad, list(i.slots), i.master, i.average),
+                    (i.row, i.norm_set, i.offset, i.period, i.full_period, i.index),
+                )
+                for i in items
+            ],
+            counters,
+            counter_of_row,
+        )
+        self.rounding_seed = rounding_seed
+        self.average_decay = 0.0 if average_decay is None else average_decay
+
+    def set_grads(self, grads: list[Tensor]) -> None:
+        self.table.set_grads(grads)
+
+    def squares(self, num_sets: int) -> list[float]:
+        return self.table.squares(num_sets)
+
+    def run(self, rows: list[Row], *, max_norm: float | None = None, skip_nonfinite: bool = False, inv_scale: Any = None,
+            found_inf: Any = None, norm_squares: Any = None) -> float | None:  # fmt: skip
+        factor, norm, skip = host_control(inv_scale, found_inf, norm_squares, max_norm, skip_nonfinite)
+        if not skip:
+            self.table.step([row.values for row in rows], factor, self.average_decay, self.rounding_seed)
+        return norm
+
+
+class ReferenceRunner:
+    """Any device, in plain PyTorch, one parameter after the other."""
+
+    def __init__(
+        self, family: str, items: list[Item], *, rounding_seed: int | None, average_decay: float | None
+    ) -> None:
+        self.family, self.items = family, items
+        self.rounding_seed, self.average_decay = rounding_seed, average_decay
+
+    def set_grads(self, grads: list[Tensor]) -> None:
+        for item, grad in zip(self.items, grads, strict=True):
+            item.grad = grad
+
+    def squares(self, num_sets: int) -> list[float]:
+        sums = [0.0] * num_sets
+        for item in self.items:
+            sums[item.norm_set] += item.grad.double().square().sum().item()
+        return sums
+
+    @torch.no_grad()
+    def run(self, rows: list[Row], *, max_norm: float | None = None, skip_nonfinite: bool = False, inv_scale: Any = None,
+            found_inf: Any = None, norm_squares: Any = None) -> float | None:  # fmt: skip
+        if norm_squares is not None:
+            norm_squares = float(norm_squares)
+        factor, norm, skip = host_control(inv_scale, found_inf, norm_squares, max_norm, skip_nonfinite)
+        if skip:
+            return norm
+        for step in {id(row.step): row.step for row in rows if row.step is not None}.values():
+            step += 1
+        for item in self.items:
+            self._update(item, rows[item.row], factor)
+        return norm
+
+    def _update(self, item: Item, row: Row, factor: float) -> None:
+        lr, decay_rate, sign, *rest = (float(value) for value in row.values)
+        t = 0 if row.step is None else int(row.step.item())
+        wide = torch.float64 if item.param.dtype == torch.float64 else torch.float32
+        theta = (item.param if item.master is None else item.master).to(wide)
+        g = item.grad.to(wide) * (sign * factor)
+        slots = [None if s is None else s.to(wide) for s in item.slots]
+        if self.family == "adamw":
+            beta1, beta2, eps = rest
+            theta, m, v, v_max = adamw(
+                theta, g, *slots, t=t, alpha=lr, beta1=beta1, beta2=beta2, eps=eps, decay=lr * decay_rate
+            )
+            slots = [m, v, v_max]
+        else:
+            beta, paper, nesterov = rest
+            theta, m = sgdw(
+                theta, g, slots[0], lr=lr, beta=beta, decay=lr * decay_rate, paper=bool(paper), nesterov=bool(nesterov)
+            )
+            slots = [m]
+        for stream, (slot, value) in enumerate(zip(item.slots, slots, strict=True), 1):
+            if slot is not None:
+                if stream == 3 and self._rounds(slot):
+                    value = torch.maximum(slot.to(wide), item.slots[1].to(wide))  # of what is stored
+                    slot.copy_(value)
+                else:
+                    self._store(slot, value, item, t, stream)
+        if item.master is None:
+            self._store(item.param, theta, item, t, 0)
+        else:
+            item.master.copy_(theta)
+            item.param.copy_(theta)
+        if item.average is not None:
+            stored = item.param.to(wide) if item.master is None else item.master
+            item.average.add_(stored - item.average, alpha=1.0 - self.average_decay)
+
+    def _rounds(self, out: Tensor) -> bool:
+        return self.rounding_seed is not None and out.dtype == torch.bfloat16
+
+    def _store(self, out: Tensor, value: Tensor, item: Item, t: int, stream: int) -> None:
+        if not self._rounds(out):
+            out.copy_(value)
+            return
+        i = torch.arange(out.numel(), device=out.device)
+        element = i // item.period * item.full_period + item.offset + i % item.period
+        in_memory = value.as_strided((value.numel(),), (1,), value.storage_offset())
+        bits = random_bits(element, item.index, t, stream, self.rounding_seed or 0)
+        rounded = stochastic_round(in_memory, bits)
+        out.as_strided((out.numel(),), (1,), out.storage_offset()).copy_(rounded)
