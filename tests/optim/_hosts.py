@@ -5,7 +5,6 @@ The loss is linear in the parameters, so that two optimizers in one host get equ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ import dlkernels as dk
 from dlkernels.testing import assert_within_budget
 
 Make = Callable[..., torch.optim.Optimizer]
-
-ONLY_TORCH = bool(os.environ.get("HOSTS_ONLY_TORCH"))
 
 
 class PlainSGDW(torch.optim.Optimizer):
@@ -55,8 +52,8 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "adamw": Kind(torch.optim.AdamW if ONLY_TORCH else dk.optim.AdamW, torch.optim.AdamW, {"lr": 0.05}),
-    "sgdw": Kind(PlainSGDW if ONLY_TORCH else dk.optim.SGDW, PlainSGDW, {"lr": 0.05, "weight_decay": 0.01}),
+    "adamw": Kind(dk.optim.AdamW, torch.optim.AdamW, {"lr": 0.05}),
+    "sgdw": Kind(dk.optim.SGDW, PlainSGDW, {"lr": 0.05, "weight_decay": 0.01}),
 }
 
 SHAPES = {"weight": (5, 3), "bias": (17,), "one": (1,), "scale": (), "tall": (3, 2, 3, 3)}

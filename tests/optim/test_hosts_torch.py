@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from _hosts import KINDS, ONLY_TORCH, Given, Make, assert_trains_alike, backward, flat, gradients, train
+from _hosts import KINDS, Given, Make, assert_trains_alike, backward, flat, gradients, train
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dlkernels.testing import assert_bitwise
 
@@ -81,8 +77,7 @@ def test_grad_scaler_unscaling_in_the_step(kind: str, clip: float | None) -> Non
 
     (_, ours, scales), (_, _, expected) = assert_trains_alike(kind, run)
     assert scales == expected
-    if not ONLY_TORCH:
-        assert ours._step_supports_amp_scaling
+    assert ours._step_supports_amp_scaling
     if kind == "adamw":
         assert steps_of(ours) == {5.0}
 
@@ -90,8 +85,6 @@ def test_grad_scaler_unscaling_in_the_step(kind: str, clip: float | None) -> Non
 @both
 def test_fused_does_not_take_the_scale_over(kind: str) -> None:
     """`fused=True`, which trainers pass for speed, does not forbid them to clip."""
-    if ONLY_TORCH or kind == "sgdw":
-        pytest.skip("of torch's own class by design")
     optimizer = KINDS[kind].ours(Given().parameters(), fused=True)
     assert not getattr(optimizer, "_step_supports_amp_scaling", False)
 
@@ -176,216 +169,14 @@ def test_swa_and_averaged_model(kind: str) -> None:
         assert_trains_alike(kind, run, "average")
 
 
-# The protocol of torch.optim.Optimizer --------------------------------------------------------------------------------
-
-
-@both
-def test_closure(kind: str) -> None:
-    """Called once, with gradients on, its result returned; the step uses the gradients that it makes."""
-
-    def run(make: Make, dtype: torch.dtype) -> Given:
-        model = Given(dtype)
-        optimizer = make(model.groups(), **KINDS[kind].options)
-        for step in range(4):
-            calls = []
-
-            def closure(step: int = step, calls: list[Tensor] = calls) -> Tensor:
-                assert torch.is_grad_enabled()
-                calls.append(backward(model, step))
-                return calls[-1]
-
-            with torch.no_grad():
-                assert optimizer.step(closure) is calls[0]
-            assert len(calls) == 1
-            assert optimizer.step(closure=lambda: 3.5) == 3.5
-            assert optimizer.step() is None
-        return model
-
-    assert_trains_alike(kind, run)
-
-
-@both
-def test_step_hooks(kind: str) -> None:
-    """Before and after each step, of the instance and of all optimizers; a pre-hook may change the arguments."""
-    model = Given()
-    optimizer = KINDS[kind].ours(model.parameters(), **KINDS[kind].options)
-    said: list[Any] = []
-
-    def before(o: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        said.append(("before", o is optimizer, flat(model).clone()))
-        return (args[0], lambda: 2.5), kwargs
-
-    def after(o: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        said.append(("after", o is optimizer, flat(model).clone()))
-
-    handles = [
-        register_optimizer_step_pre_hook(lambda *_: said.append(("all before",))),
-        register_optimizer_step_post_hook(lambda *_: said.append(("all after",))),
-        optimizer.register_step_pre_hook(before),
-        optimizer.register_step_post_hook(after),
-    ]
-    backward(model, 0)
-    start = flat(model).clone()
-    try:
-        assert optimizer.step(lambda: 1.5) == 2.5
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert sorted(entry[0] for entry in said) == ["after", "all after", "all before", "before"]
-    found = {entry[0]: entry for entry in said}
-    assert_bitwise(found["before"][2], start)
-    assert_bitwise(found["after"][2], flat(model))
-    assert not torch.equal(start, flat(model)) and found["before"][1] and found["after"][1]
-    assert optimizer.step(lambda: 1.5) == 1.5 and len(said) == 4
-
-
-@both
-def test_state_dict_hooks(kind: str) -> None:
-    model = Given()
-    optimizer = KINDS[kind].ours(model.parameters(), **KINDS[kind].options)
-    train(model, optimizer, range(2))
-    said: list[str] = []
-    optimizer.register_state_dict_pre_hook(lambda o: said.append("pre save"))
-    optimizer.register_state_dict_post_hook(lambda o, d: {**d, "mark": len(said)})
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: {k: v for k, v in d.items() if k != "mark"})
-    optimizer.register_load_state_dict_post_hook(lambda o: said.append("post load"))
-    saved = optimizer.state_dict()
-    assert saved["mark"] == 1 and said == ["pre save"]
-    optimizer.load_state_dict(saved)
-    assert said == ["pre save", "post load"]
-
-
-@both
-def test_named_parameters(kind: str) -> None:
-    """`named_parameters()` instead of `parameters()`: the names come back, and go into the state_dict."""
-    saved = []
-    for make in (KINDS[kind].ours, KINDS[kind].plain):
-        model = Given()
-        optimizer = make(model.named_parameters(), **KINDS[kind].options)
-        train(model, optimizer, range(2))
-        saved.append(optimizer.state_dict())
-    names = [[group["param_names"] for group in entry["param_groups"]] for entry in saved]
-    assert names[0] == names[1] == [[name for name, _ in Given().named_parameters()]]
-    model = Given()
-    optimizer = KINDS[kind].ours(model.named_parameters(), **KINDS[kind].options)
-    optimizer.load_state_dict(saved[0])
-    assert optimizer.state_dict()["param_groups"] == saved[0]["param_groups"]
-
-
-@both
-@pytest.mark.parametrize("to_none", [True, False])
-def test_zero_grad(kind: str, to_none: bool) -> None:
-    """With None a parameter stands still; with zeros it decays and its moments go on."""
-
-    def run(make: Make, dtype: torch.dtype) -> Given:
-        model = Given(dtype)
-        optimizer = make(model.groups(), **KINDS[kind].options)
-        train(model, optimizer, range(3))
-        optimizer.zero_grad(set_to_none=to_none)
-        assert all((p.grad is None) == to_none and (to_none or not p.grad.any()) for p in model.parameters())
-        before = flat(model).clone()
-        optimizer.step()
-        assert torch.equal(before, flat(model)) == to_none
-        train(model, optimizer, range(3, 6))
-        return model
-
-    assert_trains_alike(kind, run)
-
-
-@both
-def test_add_param_group_in_mid_training(kind: str) -> None:
-    """Each parameter counts its own steps, also those that now and then have no gradient."""
-
-    def run(make: Make, dtype: torch.dtype) -> Any:
-        model = Given(dtype)
-        params = list(model.parameters())
-        optimizer = make(params[:2], **KINDS[kind].options)
-        for step in range(9):
-            if step == 3:
-                optimizer.add_param_group({"params": params[2:4], "lr": 0.2})
-            if step == 5:
-                optimizer.add_param_group({"params": params[4:], "weight_decay": 0.5})
-            backward(model, step)
-            if step % 4 == 1:
-                params[0].grad = None
-            optimizer.step()
-        return model, [optimizer.state[p].get("step") for p in params]
-
-    (_, steps), (_, expected) = assert_trains_alike(kind, run)
-    if kind == "adamw":
-        assert steps == expected == [7, 9, 6, 6, 4]
-
-
-# Copies and files -----------------------------------------------------------------------------------------------------
-
-
-def saved_and_loaded(model: Given, optimizer: Optimizer, make: Make) -> tuple[Given, Optimizer]:
-    """Through torch.save and torch.load(weights_only=True), into an optimizer made with other options."""
-    file = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict()), file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    fresh = Given()
-    fresh.load_state_dict(weights)
-    other = make(fresh.groups(), lr=9.0)
-    other.load_state_dict(state)
-    return fresh, other
-
-
-COPIES: dict[str, Callable[[Given, Optimizer, Make], tuple[Given, Optimizer]]] = {
-    "deepcopy": lambda model, optimizer, make: copy.deepcopy((model, optimizer)),
-    "pickle": lambda model, optimizer, make: pickle.loads(pickle.dumps((model, optimizer))),
-    "file": saved_and_loaded,
-}
-
-
-@both
-@pytest.mark.parametrize("way", COPIES)
-def test_copy_goes_on_as_the_original_would(kind: str, way: str) -> None:
-    make, options = KINDS[kind].ours, KINDS[kind].options
-    model = Given()
-    optimizer = make(model.groups(), **options)
-    train(model, optimizer, range(3))
-    before = flat(model).clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        twin, other = COPIES[way](model, optimizer, make)
-    assert type(other) is type(optimizer)
-    train(twin, other, range(3, 7))
-    assert_bitwise(flat(model), before, "the original, after its copy has moved")
-    train(model, optimizer, range(3, 7))
-    assert_bitwise(flat(twin), flat(model), way)
-    mine = {id(t) for state in optimizer.state.values() for t in state.values()}
-    assert not mine & {id(t) for state in other.state.values() for t in state.values()}
-
-
-@pytest.mark.parametrize("into", ["ours", "plain"])
-def test_file_of_the_other_adamw(into: str) -> None:
-    """A checkpoint of torch's goes on with ours, and one of ours with torch's, as the run would have without."""
-
-    def run(make: Make, dtype: torch.dtype) -> Given:
-        first, second = KINDS["adamw"].plain, make
-        if into == "plain":
-            first, second = second, first
-        model = Given(dtype)
-        optimizer = first(model.groups(), **KINDS["adamw"].options)
-        train(model, optimizer, range(3))
-        state = optimizer.state_dict()
-        optimizer = second(model.groups(), lr=9.0)
-        optimizer.load_state_dict(state)
-        train(model, optimizer, range(3, 7))
-        return model
-
-    assert_trains_alike("adamw", run)
-
-
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
 @both
+@pytest.mark.parametrize("what", ["training", "step"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.needs("compiler"))])
-def test_compiled_training_step(kind: str, compiler: str) -> None:
-    """Loss, backward and step in one compiled function, under a schedule: what eager makes, bit for bit."""
+def test_compiled(kind: str, what: str, compiler: str) -> None:
+    """Loss, backward and step in one compiled function, or only the step: what eager makes, bit for bit."""
     results = []
     torch._dynamo.reset()
     for compiled in (False, True):
@@ -393,21 +184,26 @@ def test_compiled_training_step(kind: str, compiler: str) -> None:
         optimizer = KINDS[kind].ours(model.groups(), **KINDS[kind].options)
         schedule = lr_scheduler.ExponentialLR(optimizer, 0.9)
 
-        def step(wanted: list[Tensor], model: Given = model, optimizer: Optimizer = optimizer) -> Tensor:
+        def training(wanted: list[Tensor], model: Given = model, optimizer: Optimizer = optimizer) -> None:
             optimizer.zero_grad()
-            loss = model(wanted)
-            loss.backward()
+            model(wanted).backward()
             optimizer.step()
-            return loss
 
-        run = torch.compile(step, backend=compiler) if compiled else step
+        def step(wanted: list[Tensor], model: Given = model, optimizer: Optimizer = optimizer) -> None:
+            optimizer.step()
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's own
+            run = training if what == "training" else step
+            run = torch.compile(run, backend=compiler) if compiled else run
             for number in range(5):
+                if what == "step":
+                    backward(model, number)
                 run(gradients(number))
                 schedule.step()
         results.append((model, optimizer))
     (eager, first), (other, second) = results
+    assert not torch.equal(flat(eager), flat(Given()))
     assert_bitwise(flat(other), flat(eager), f"{kind} compiled with {compiler}")
     assert steps_of(first) == steps_of(second)
     torch._dynamo.reset()

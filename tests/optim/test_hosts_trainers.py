@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from _hosts import KINDS, ONLY_TORCH, Given, Make, assert_trains_alike, flat, gradients
+from _hosts import KINDS, Given, Make, assert_trains_alike, flat, gradients
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -96,12 +96,7 @@ def test_lightning(kind: str, clip: float | None, mixed: bool) -> None:
 def test_lightning_does_not_clip_what_is_unscaled_in_the_step(kind: str) -> None:
     """With `fused_unscale=True` Lightning says so, and trains without clipping."""
     options = dict(KINDS[kind].options)
-    if ONLY_TORCH:
-        if kind == "sgdw":
-            pytest.skip("of torch's own class by design")
-        fused = {"fused": True}
-    else:
-        fused = {"fused_unscale": True}
+    fused = {"fused_unscale": True}
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         lightning_fit(KINDS[kind].ours, torch.float32, {**options, **fused}, gradient_clip_val=0.5, plugins=scaled())
 
@@ -220,7 +215,7 @@ def test_hugging_face_default_options(tmp_path: Path) -> None:
 
 
 def accelerated(make: Make, dtype: torch.dtype, options: dict[str, Any], folder: Path | None = None) -> Any:
-    """Accumulation over two batches, clipping and a schedule; with a folder, state saved, spoiled and loaded half way."""
+    """Accumulation over two batches, clipping, a schedule; with a folder, state saved, spoiled and loaded half way."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -274,9 +269,6 @@ def test_accelerate_with_a_scaler(kind: str, fused: bool) -> None:
     """It replaces `step` on the instance to see whether the scaler called it."""
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-
-    if fused and ONLY_TORCH:
-        pytest.skip("of torch's own class by design")
 
     def run(make: Make, dtype: torch.dtype) -> Any:
         Accelerator(cpu=True)
