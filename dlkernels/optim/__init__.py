@@ -2,5 +2,6 @@
 
 from .adamw import AdamW
 from .sgdw import SGDW
+from .warm_restarts import CosineWarmRestarts, normalized_weight_decay
 
-__all__ = ["SGDW", "AdamW"]
+__all__ = ["SGDW", "AdamW", "CosineWarmRestarts", "normalized_weight_decay"]
