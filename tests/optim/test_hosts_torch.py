@@ -54,30 +54,23 @@ def steps_of(optimizer: torch.optim.Optimizer) -> set[float]:
 
 
 @both
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_grad_scaler(kind: str, clip: float | None) -> None:
-    """The scaler unscales: our default has no say in it, whatever `fused=` says."""
-    options = KINDS[kind].options
-    (_, ours, scales), (_, _, expected) = assert_trains_alike(kind, lambda m, d: with_scaler(m, d, options, clip))
-    assert scales == expected and len(set(scales)) > 2
-    assert not getattr(ours, "_step_supports_amp_scaling", False)
-    if kind == "adamw":
-        assert steps_of(ours) == {5.0}
+@pytest.mark.parametrize("clip", [None, "host", "step"])
+@pytest.mark.parametrize("fused_unscale", [False, True], ids=["", "fused_unscale"])
+def test_grad_scaler(kind: str, clip: str | None, fused_unscale: bool) -> None:
+    """The scaler unscales, or with `fused_unscale=True` the step, which then looks at `found_inf` itself.
 
-
-@both
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_grad_scaler_unscaling_in_the_step(kind: str, clip: float | None) -> None:
-    """With `fused_unscale=True` the step divides by `grad_scale` and looks at `found_inf` itself."""
+    Clipping is done by the host between the two, or with `max_grad_norm` by the step.
+    """
 
     def run(make: Make, dtype: torch.dtype) -> Any:
-        plain = make is KINDS[kind].plain
-        more = ({"fused": True} if kind == "adamw" else {}) if plain else {"fused_unscale": True}
-        return with_scaler(make, dtype, {**KINDS[kind].options, **more}, clip)
+        if make is KINDS[kind].plain:
+            return with_scaler(make, dtype, KINDS[kind].options, 0.5 if clip else None)
+        more = {"fused_unscale": fused_unscale, "max_grad_norm": 0.5 if clip == "step" else None}
+        return with_scaler(make, dtype, {**KINDS[kind].options, **more}, 0.5 if clip == "host" else None)
 
     (_, ours, scales), (_, _, expected) = assert_trains_alike(kind, run)
-    assert scales == expected
-    assert ours._step_supports_amp_scaling
+    assert scales == expected and len(set(scales)) > 2
+    assert getattr(ours, "_step_supports_amp_scaling", False) == fused_unscale
     if kind == "adamw":
         assert steps_of(ours) == {5.0}
 
