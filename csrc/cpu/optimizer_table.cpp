@@ -26,7 +26,7 @@ using ItemNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int6
 
 struct Item {
   int64_t owner;
-  at::Tensor param, grad;
+  at::Tensor param;                // gradients are not held: whoever sets them to None wants the memory back
   std::vector<at::Tensor> others;  // slots, master and average that there are, with the pointers in `tensor`
   std::vector<void*> pointers;
   StepTensor tensor;
@@ -39,7 +39,22 @@ struct Piece {
   int64_t item, begin, end;
 };
 
-void* data_of(const at::Tensor& x) { return x.mutable_data_ptr(); }
+// The address of a dense tensor's first element, without the checks.
+void* address_of(const at::Tensor& x) {
+  const auto* impl = x.unsafeGetTensorImpl();
+  const auto* data = static_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()->data());
+  return const_cast<char*>(data) + impl->storage_offset() * static_cast<int64_t>(impl->dtype().itemsize());
+}
+// The same where it will be written to: memory that is shared until then parts here.
+void* writable(const at::Tensor& x) {
+  x.mutable_data_ptr();
+  return address_of(x);
+}
+
+void prefetch_tensor(const at::Tensor& x) {
+  const char* impl = reinterpret_cast<const char*>(x.unsafeGetTensorImpl());
+  for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+}
 
 class OptimizerTable {
  public:
@@ -86,8 +101,7 @@ class OptimizerTable {
   void set_grads(const std::vector<at::Tensor>& grads) {
     TORCH_CHECK_VALUE(grads.size() == items_.size(), "expected ", items_.size(), " gradients, got ", grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
-      items_[i].grad = grads[i];
-      items_[i].tensor.grad = grads[i].const_data_ptr();
+      items_[i].tensor.grad = address_of(grads[i]);
     }
   }
 
@@ -148,18 +162,18 @@ class OptimizerTable {
   void add(const ItemTensors& tensors, const ItemNumbers& numbers) {
     const auto& [owner, param, grad, slots, master, average] = tensors;
     Item item{};
-    item.owner = owner, item.param = param, item.grad = grad;
+    item.owner = owner, item.param = param;
     StepTensor& t = item.tensor;
     std::tie(t.row, item.norm_set, t.offset, t.period, t.full_period, t.index) = numbers;
-    t.param = data_of(param);
-    t.grad = grad.const_data_ptr();
+    t.param = writable(param);
+    t.grad = address_of(grad);
     t.numel = param.numel();
     t.dtype = t.slot_dtype = float_kind("params", param);
     const auto other = [&](const std::optional<at::Tensor>& x) -> void* {
       if (!x.has_value()) return nullptr;
       TORCH_CHECK_VALUE(x->numel() == t.numel, "a state tensor must have its parameter's size");
       item.others.push_back(*x);
-      item.pointers.push_back(data_of(*x));
+      item.pointers.push_back(writable(*x));
       return item.pointers.back();
     };
     for (size_t i = 0; i < slots.size(); ++i) {
@@ -204,7 +218,9 @@ class OptimizerTable {
 
   bool take_grads() {
     bool changed = false;
-    for (Owner& owner : owners_) {
+    for (size_t i = 0; i < owners_.size(); ++i) {
+      if (i + 8 < owners_.size()) prefetch_tensor(owners_[i + 8].tensor);
+      const Owner& owner = owners_[i];
       const at::Tensor& grad = owner.tensor.grad();
       if (owner.item < 0) {
         if (grad.defined()) return false;
@@ -215,7 +231,7 @@ class OptimizerTable {
       item.present = grad.defined();
       if (!item.present) continue;
       if (!same_kind(item, owner.tensor, grad)) return false;
-      item.tensor.grad = grad.const_data_ptr();
+      item.tensor.grad = address_of(grad);
     }
     if (changed) {
       std::vector<int64_t> present(counters_.size(), 0);
@@ -229,9 +245,9 @@ class OptimizerTable {
   }
 
   static bool same_kind(const Item& item, const at::Tensor& owner, const at::Tensor& grad) {
-    if (owner.const_data_ptr() != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
+    if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
     for (size_t i = 0; i < item.others.size(); ++i)
-      if (item.others[i].const_data_ptr() != item.pointers[i]) return false;
+      if (address_of(item.others[i]) != item.pointers[i]) return false;
     const auto keys = grad.key_set();
     if (grad.layout() != at::kStrided || keys.has(at::DispatchKey::Python) || keys.has(at::DispatchKey::Negative) ||
         keys.has(at::DispatchKey::ZeroTensor))

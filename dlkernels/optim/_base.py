@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, _checks
 from ._plan import Found, Plan
@@ -295,24 +296,55 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a gradient or a hyper-parameter that cannot be used; nothing has changed then.
         """
+        if torch.compiler.is_compiling():
+            return self._step_outside_graph(closure)
+        if type(self).step is not FusedOptimizer.step:  # overridden: torch has put the hooks around that
+            return self._closure_and_step(closure)
+        if self._has_hooks() or torch.autograd._profiler_enabled():
+            return self._step_with_hooks(closure)
+        return self._closure_and_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper would cost more than a small step
+
+    def _has_hooks(self) -> bool:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+    def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
+        """What torch.optim.Optimizer.profile_hook_step puts around a step."""
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+            kwargs: dict[str, Any] = {}
+            for hook in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
+                result = hook(self, args, kwargs)
+                if result is not None:
+                    if not isinstance(result, tuple) or len(result) != 2:
+                        raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result}")
+                    args, kwargs = result
+            loss = self._closure_and_step(*args[1:], **kwargs)
+            self._optimizer_step_code()
+            for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+                hook(self, args, kwargs)
+        return loss
+
+    @torch.compiler.disable
+    def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
+        return self._step_with_hooks(closure)
+
+    def _closure_and_step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
-        return loss
-
-    @torch.compiler.disable
-    def _step(self) -> None:
         if self._averages is not None:
             self._refuse_while_swapped("step()")
         plan = self._plan
         if plan is None or not plan.fresh(self):
             with torch.no_grad():
                 plan = self._build()
-            if plan is None:
-                return
-        plan.run(self)
+        if plan is not None:
+            plan.run(self)
+        return loss
 
     def _build(self) -> Plan | None:
         """Check everything, then make state and lists. None when no parameter has a gradient."""

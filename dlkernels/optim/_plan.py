@@ -21,7 +21,8 @@ class Item:
 
     Args:
         position: of the parameter among all parameters of the optimizer.
-        param, grad: of one dtype and shape.
+        param, grad: of one dtype and shape. A gradient is held for the time of a step only: whoever sets it to None wants
+            the memory back.
         slots: the moments, None where there is none; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGDW: momentum_buffer.
         master: the parameter in float32, or None.
         average: moving average of the parameter (float32, float64 beside float64), or None.
@@ -33,7 +34,7 @@ class Item:
 
     position: int
     param: Tensor
-    grad: Tensor
+    grad: Tensor | None
     slots: tuple[Tensor | None, ...]
     master: Tensor | None
     average: Tensor | None
@@ -71,7 +72,7 @@ class Found:
     def __init__(self, position: int, group: int, owner: Tensor) -> None:
         self.position, self.group, self.owner = position, group, owner
         self.param = local_of(owner.detach())
-        self.grad = self.local_grad()
+        self.grad: Tensor | None = self.local_grad()
 
     def local_grad(self) -> Tensor:
         """The gradient of now, or an error that says what is wrong with it."""
@@ -101,7 +102,14 @@ class Part:
         self.group_of_row: list[int] = []
         self.found: list[Found] = []
         self.runner: Any = None
+        self.holds_grads = True
         self._row_of: dict[tuple[int, int], int] = {}
+
+    def forget_grads(self) -> None:
+        if self.holds_grads:
+            for item in self.items:
+                item.grad = None
+            self.holds_grads = False
 
     def row(self, group: int, step: Tensor | None) -> int:
         at = self._row_of.setdefault((group, id(step)), len(self.rows))
@@ -131,7 +139,7 @@ class Plan:
                 self.parts.append(part)
             part.found.append(f)
             part.items.append(self._item(optimizer, f, part))
-        self.backends = [_backend.choose(part.device.type) for part in self.parts]
+        self.forced = _backend.state.forced
         for part in self.parts:
             part.runner = make_runner(
                 optimizer._family,
@@ -143,7 +151,8 @@ class Plan:
             )
         self.options = self._options(optimizer)
         # The compiled table looks after everything by itself.
-        self.table = self.parts[0].runner.table if self.backends == ["cpp"] and not self.sharded else None
+        only = self.parts[0].runner if len(self.parts) == 1 and not self.sharded else None
+        self.table = getattr(only, "table", None)
         if self.table is not None:
             self.table.watch(optimizer.param_groups, optimizer.state)
 
@@ -154,7 +163,7 @@ class Plan:
 
     def _item(self, optimizer: FusedOptimizer, f: Found, part: Part) -> Item:
         state = optimizer.state[f.owner]
-        param, grad = f.param, f.grad
+        param, grad, f.grad = f.param, f.grad, None
         if not is_dense(param):
             param = param.clone(memory_format=torch.contiguous_format)
             self._copied(f.param, param)
@@ -200,9 +209,7 @@ class Plan:
 
     def fresh(self, optimizer: FusedOptimizer) -> bool:
         """Whether this plan still is what is to be done; takes the gradients of now."""
-        if not self.repeats or self.options != self._options(optimizer):
-            return False
-        if self.backends != [_backend.choose(part.device.type) for part in self.parts]:
+        if not self.repeats or self.options != self._options(optimizer) or self.forced != _backend.state.forced:
             return False
         if self.table is not None:
             return self.table.refresh(optimizer.param_groups, optimizer.state)
@@ -224,22 +231,39 @@ class Plan:
                 if param.data_ptr() != item.param.data_ptr() or param.dtype != item.param.dtype:
                     return False
                 grad = f.local_grad()
-                if grad.stride() != item.grad.stride() and grad.numel() > 1:
+                if grad.stride() != item.param.stride() and grad.numel() > 1:
                     return False
                 grads.append(grad)
             part.runner.set_grads(grads)
+            part.holds_grads = True
         return True
 
     def run(self, optimizer: FusedOptimizer) -> None:
+        groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
             for row, group in zip(part.rows, part.group_of_row, strict=True):
-                row.values = optimizer._values(optimizer.param_groups[group])
-        inv_scale = found_inf = squares = None
-        scale = getattr(optimizer, "grad_scale", None)
+                row.values = values(groups[group])
+        clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if clips or scale is not None or found_inf is not None:
+            optimizer._norm = self._run_scaled(optimizer, clips, scale, found_inf)
+        else:
+            for part in self.parts:
+                part.runner.run(part.rows)
+            optimizer._norm = None
+        for part in self.parts:
+            part.forget_grads()
+        for original, copy in self.copies:
+            original.copy_(copy)
+        if self.table is None:
+            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+
+    def _run_scaled(self, optimizer: FusedOptimizer, clips: bool, scale: Any, found_inf: Any) -> Any:
+        """With the norm of all gradients, or what a GradScaler says: a number for the CPU, tensors for GPUs."""
+        inv_scale = squares = norm = None
         if scale is not None:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
-        found_inf = getattr(optimizer, "found_inf", None)
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+        if clips:
             for part in self.parts:
                 total = reduce_squares(part.runner.squares(len(self.keys)), self.keys, part.device)
                 squares = total if squares is None else squares + _on(total, squares)
@@ -252,11 +276,7 @@ class Plan:
                 max_norm=optimizer.max_grad_norm,
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
-        optimizer._norm = norm
-        for original, copy in self.copies:
-            original.copy_(copy)
-        if self.table is None:
-            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+        return norm
 
 
 def _on(total: Any, other: Any) -> Any:
