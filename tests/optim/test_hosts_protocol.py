@@ -16,7 +16,7 @@ from _hosts import KINDS, Given, Make, assert_trains_alike, backward, flat, grad
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dlkernels.testing import assert_bitwise
+from dlkernels.testing import assert_bitwise, unmodified
 
 pytestmark = pytest.mark.filterwarnings("error")
 both = pytest.mark.parametrize("kind", KINDS)
@@ -307,6 +307,23 @@ def test_between_steps(kind: str, deed: Callable[[Given, Optimizer], None]) -> N
         return model
 
     assert_trains_alike(kind, run)
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_model_made_float64_in_mid_training(kind: str, options: dict[str, Any]) -> None:
+    """Its float32 state does not fit: an error, as from torch's, and nothing has moved."""
+    model = Given()
+    optimizer = KINDS[kind].ours(model.groups(), **KINDS[kind].options, **options)
+    train(model, optimizer, range(3))
+    model.double()
+    backward(model, 3)
+    with unmodified(*model.parameters()), pytest.raises(TypeError, match="of a torch.float64 parameter must be"):
+        optimizer.step()
+    optimizer.state.clear()
+    before = flat(model)
+    optimizer.step()
+    assert (flat(model) != before).all()
 
 
 @both
