@@ -318,7 +318,7 @@ def test_model_made_float64_in_mid_training(kind: str, options: dict[str, Any]) 
     train(model, optimizer, range(3))
     model.double()
     backward(model, 3)
-    with unmodified(*model.parameters()), pytest.raises(TypeError, match="of a torch.float64 parameter must be"):
+    with unmodified(*model.parameters()), pytest.raises(TypeError, match="parameter must be torch"):
         optimizer.step()
     optimizer.state.clear()
     before = flat(model)
