@@ -294,8 +294,12 @@ class Runner:
             numbers.append(
                 (self.average_decay, max_norm or 0.0, 0.0 if of_tensor else lr, decay_rate, sign, a, b, c, *logs, 0.0, 0.0)
             )
-        bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
-        table = self._rows.set([[*a, *n] for a, n in zip(addresses, bits)])
+
+        def lines() -> list[list[int]]:
+            bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
+            return [[*a, *b] for a, b in zip(addresses, bits)]
+
+        table = self._rows.set((addresses, numbers), lines)
         if self._scalars is None or self._scalars.shape[0] != len(rows):
             self._scalars = torch.empty((len(rows), COLUMNS), dtype=torch.float64, device=self.device)
         some = self._scalars

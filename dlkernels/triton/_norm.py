@@ -18,7 +18,7 @@ def _scaled_squares(
     squares, largest = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for block in range(first, last):
         ptr = pointer(address, block * BLOCK, DTYPE, True) + offs
-        g = streamed_load(ptr, offs >= 0, True).to(ACC)
+        g = streamed_load(ptr, offs >= 0, True, ACC)
         largest = tl.maximum(largest, tl.abs(g))
         g *= scale
         squares += g * g
@@ -26,7 +26,7 @@ def _scaled_squares(
     squares_t, largest_t = tl.zeros([TAIL], ACC), tl.zeros([TAIL], ACC)
     for block in range(tail, end):
         ptr = pointer(address, block * TAIL, DTYPE, False) + offs_t
-        g = streamed_load(ptr, offs_t < stop - block * TAIL, False).to(ACC)
+        g = streamed_load(ptr, offs_t < stop - block * TAIL, False, ACC)
         largest_t = tl.maximum(largest_t, tl.abs(g))
         g *= scale
         squares_t += g * g

@@ -68,6 +68,7 @@ def random_bits(e, number, step, seed, STREAM: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def round_by(x, bits):
-    """float32 to bfloat16, up with the probability of how far x is from the lower neighbour."""
+    """To bfloat16 from float32 (float64 first to that), up with the probability of how far x is from the lower neighbour."""
+    x = x.to(tl.float32)
     pattern = (x.to(tl.uint32, bitcast=True) + bits) >> 16
     return tl.where(x != x, 0x7FC0, pattern).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -59,12 +59,20 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def streamed_load(ptr, mask, FULL: tl.constexpr):
+def cast(x, DTYPE: tl.constexpr):
+    """To another dtype, between float64 and 16 bits by way of float32, as everywhere in PyTorch."""
+    if x.dtype.primitive_bitwidth + DTYPE.primitive_bitwidth == 80:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def streamed_load(ptr, mask, FULL: tl.constexpr, ACC: tl.constexpr):
     if FULL:
         x = tl.load(ptr, eviction_policy="evict_first")
     else:
         x = tl.load(ptr, mask=mask, other=0.0, eviction_policy="evict_first")
-    return x
+    return cast(x, ACC)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._philox import element_numbers, random_bits, round_by
-from ._tables import accumulated, locate, place, pointer, streamed_load, streamed_store
+from ._tables import accumulated, cast, locate, place, pointer, streamed_load, streamed_store
 
 
 @triton.jit
@@ -36,20 +36,20 @@ def _adamw_block(
     p_ptr = pointer(p_address, start, PARAM, FULL) + offs
     m_ptr = pointer(m_address, start, SLOT, FULL) + offs
     v_ptr = pointer(v_address, start, SLOT, FULL) + offs
-    g = streamed_load(pointer(g_address, start, PARAM, FULL) + offs, mask, FULL).to(ACC)
-    m = streamed_load(m_ptr, mask, FULL).to(ACC)
-    v = streamed_load(v_ptr, mask, FULL).to(ACC)
+    g = streamed_load(pointer(g_address, start, PARAM, FULL) + offs, mask, FULL, ACC)
+    m = streamed_load(m_ptr, mask, FULL, ACC)
+    v = streamed_load(v_ptr, mask, FULL, ACC)
     if AMSGRAD:
         vmax_ptr = pointer(vmax_address, start, SLOT, FULL) + offs
-        vmax = streamed_load(vmax_ptr, mask, FULL).to(ACC)
+        vmax = streamed_load(vmax_ptr, mask, FULL, ACC)
     if MASTER:
         master_ptr = pointer(master_address, start, ACC, FULL) + offs
-        theta = streamed_load(master_ptr, mask, FULL)
+        theta = streamed_load(master_ptr, mask, FULL, ACC)
     else:
-        theta = streamed_load(p_ptr, mask, FULL).to(ACC)
+        theta = streamed_load(p_ptr, mask, FULL, ACC)
     if AVERAGE:
         average_ptr = pointer(average_address, start, ACC, FULL) + offs
-        average = streamed_load(average_ptr, mask, FULL)
+        average = streamed_load(average_ptr, mask, FULL, ACC)
 
     g *= multiplier
     m = beta1 * m + rest1 * g
@@ -60,28 +60,28 @@ def _adamw_block(
     denom = tl.sqrt(vh) * inv_sqrt_correction2 + eps
     theta = theta * keep - step_size * m / denom
 
-    m_out = m.to(SLOT)
-    v_out = v.to(SLOT)
-    p_out = theta.to(PARAM)
+    m_out = cast(m, SLOT)
+    v_out = cast(v, SLOT)
+    p_out = cast(theta, PARAM)
     if ROUND_PARAM or ROUND_SLOTS:
         e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED)
     if ROUND_SLOTS:
         m_out = round_by(m, random_bits(e, number, step, seed, 1, BLOCK, GROUPED))
         v_out = round_by(v, random_bits(e, number, step, seed, 2, BLOCK, GROUPED))
         if AMSGRAD:
-            stored = v_out.to(ACC)
+            stored = cast(v_out, ACC)
             vh = tl.where((stored <= vmax) | (vmax != vmax), vmax, stored)
     if ROUND_PARAM:
         p_out = round_by(theta, random_bits(e, number, step, seed, 0, BLOCK, GROUPED))
     streamed_store(m_ptr, m_out, mask, FULL)
     streamed_store(v_ptr, v_out, mask, FULL)
     if AMSGRAD:
-        streamed_store(vmax_ptr, vh.to(SLOT), mask, FULL)
+        streamed_store(vmax_ptr, cast(vh, SLOT), mask, FULL)
     streamed_store(p_ptr, p_out, mask, FULL)
     if MASTER:
         streamed_store(master_ptr, theta, mask, FULL)
     if AVERAGE:
-        value = theta if MASTER else p_out.to(ACC)
+        value = theta if MASTER else cast(p_out, ACC)
         streamed_store(average_ptr, average + average_weight * (value - average), mask, FULL)
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._philox import element_numbers, random_bits, round_by
-from ._tables import accumulated, locate, place, pointer, streamed_load, streamed_store
+from ._tables import accumulated, cast, locate, place, pointer, streamed_load, streamed_store
 
 
 @triton.jit
@@ -34,18 +34,18 @@ def _sgdw_block(
     offs = tl.arange(0, BLOCK)
     mask = offs < numel - start
     p_ptr = pointer(p_address, start, PARAM, FULL) + offs
-    g = streamed_load(pointer(g_address, start, PARAM, FULL) + offs, mask, FULL).to(ACC)
+    g = streamed_load(pointer(g_address, start, PARAM, FULL) + offs, mask, FULL, ACC)
     if MOMENTUM:
         m_ptr = pointer(m_address, start, SLOT, FULL) + offs
-        m = streamed_load(m_ptr, mask, FULL).to(ACC)
+        m = streamed_load(m_ptr, mask, FULL, ACC)
     if MASTER:
         master_ptr = pointer(master_address, start, ACC, FULL) + offs
-        theta = streamed_load(master_ptr, mask, FULL)
+        theta = streamed_load(master_ptr, mask, FULL, ACC)
     else:
-        theta = streamed_load(p_ptr, mask, FULL).to(ACC)
+        theta = streamed_load(p_ptr, mask, FULL, ACC)
     if AVERAGE:
         average_ptr = pointer(average_address, start, ACC, FULL) + offs
-        average = streamed_load(average_ptr, mask, FULL)
+        average = streamed_load(average_ptr, mask, FULL, ACC)
 
     g *= multiplier
     d = gain * g
@@ -55,11 +55,11 @@ def _sgdw_block(
     d = tl.where(nesterov != 0, g + momentum * d, d)
     theta = theta * keep - rate * d
 
-    p_out = theta.to(PARAM)
+    p_out = cast(theta, PARAM)
     if ROUND_PARAM or ROUND_SLOTS:
         e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED)
     if MOMENTUM:
-        m_out = m.to(SLOT)
+        m_out = cast(m, SLOT)
         if ROUND_SLOTS:
             m_out = round_by(m, random_bits(e, number, step, seed, 1, BLOCK, GROUPED))
         streamed_store(m_ptr, m_out, mask, FULL)
@@ -69,7 +69,7 @@ def _sgdw_block(
     if MASTER:
         streamed_store(master_ptr, theta, mask, FULL)
     if AVERAGE:
-        value = theta if MASTER else p_out.to(ACC)
+        value = theta if MASTER else cast(p_out, ACC)
         streamed_store(average_ptr, average + average_weight * (value - average), mask, FULL)
 
 
