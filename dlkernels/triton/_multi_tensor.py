@@ -1,7 +1,7 @@
 """The host half of fused optimizer steps on GPUs: tables of pointers and scalars on the device, and the launches.
 
 No call synchronises, and all that a step launches can be captured in a CUDA graph. A captured step replays the tables
-that it was captured with; scalars that are to change between replays are tensors.
+that it was captured with, which its Runner holds; scalars that are to change between replays are tensors.
 """
 
 from __future__ import annotations
@@ -36,30 +36,43 @@ _LR_KINDS = {torch.float32: 1, torch.float64: 2, torch.float16: 3, torch.bfloat1
 
 
 class Mirror:
-    """Rows of numbers on the host and their copy on the device, written anew where they differ from the last ones.
+    """A table on the host and its copy on the device, written anew where it differs from the last one.
 
     Each copy has pinned memory of its own, which the caching host allocator keeps from reuse until it is read. A
-    capture always records the copy and keeps its memory for the replays; it says nothing of what the device holds.
+    capture copies nothing yet, and its replays may find the table of a later step: it records the copy even where the
+    table is the last one (not where it is `fixed`), keeps its host memory, and says nothing of what the device holds.
+    Memory for one capture is allocated ahead: not every PyTorch allocates pinned memory during one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.int64, fixed: bool = False) -> None:
+        self.device, self.dtype, self.fixed = device, dtype, fixed
         self.tensor: Tensor | None = None
         self._last: Any = None
+        self._spare: Tensor | None = None
         self._kept: list[Tensor] = []
 
-    def set(self, key: Any, table: Callable[[], list[Any]]) -> Tensor:
+    def set(self, key: Any, table: Callable[[], Any]) -> Tensor:
         """The table on the device, for a key that tells whether it is the last one."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.tensor is not None and not capturing and key == self._last:
+        cuda = self.device.type == "cuda"
+        capturing = cuda and torch.cuda.is_current_stream_capturing()
+        if self.tensor is not None and key == self._last and (self.fixed or not capturing):
             return self.tensor
-        host = torch.tensor(table(), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        values = torch.as_tensor(table(), dtype=self.dtype)
+        spare = self._spare if self._spare is not None and self._spare.shape == values.shape else None
+        if not cuda:
+            host = values
+        elif capturing and spare is not None:
+            host, self._spare = spare.copy_(values), None
+        else:
+            host = values.pin_memory()
         if self.tensor is None or self.tensor.shape != host.shape:
-            self.tensor = torch.empty(host.shape, dtype=torch.int64, device=self.device)
+            self.tensor = torch.empty(host.shape, dtype=self.dtype, device=self.device)
         self.tensor.copy_(host, non_blocking=True)
+        self._last = None if capturing else key
         if capturing:
             self._kept.append(host)
-        self._last = None if capturing else key
+        elif cuda and spare is None and not self.fixed:
+            self._spare = torch.empty_like(host, pin_memory=True)
         return self.tensor
 
 
@@ -68,8 +81,7 @@ class _Launch:
 
     def __init__(self, items: list[int], constants: dict[str, Any], num_warps: int) -> None:
         self.items, self.constants, self.num_warps = items, constants, num_warps
-        self.steps = 1
-        self.pieces: Tensor | None = None
+        self.steps, self.pieces = 1, torch.empty(0)
 
 
 def steps_of(numels: list[int], block: int) -> int:
@@ -96,7 +108,9 @@ class Runner:
         average_decay: of the moving averages.
     """
 
-    def __init__(self, family: str, items: list[Any], *, rounding_seed: int | None, average_decay: float | None) -> None:
+    def __init__(
+        self, family: str, items: list[Any], *, rounding_seed: int | None, average_decay: float | None
+    ) -> None:
         self.family, self.items = family, items
         self.device = items[0].param.device
         self.rounding = rounding_seed is not None
@@ -107,7 +121,7 @@ class Runner:
         self.numels = [item.param.numel() for item in items]
         self._tensors = [t for i in items for t in (i.param, *i.slots, i.master, i.average) if t is not None]
         self._items, self._grads, self._rows = (Mirror(self.device) for _ in range(3))
-        self._copies: list[Tensor] = []
+        self._tables: dict[Any, Mirror] = {}
         self._scalars: Tensor | None = None
         self._bounds: dict[int, Tensor] = {}
         self._launches = self._specialisations()
@@ -115,16 +129,17 @@ class Runner:
 
     # Tables -----------------------------------------------------------------------------------------------------------
 
-    def _copied(self, host: Tensor) -> Tensor:
-        """A table that never changes, on the device. Its host memory stays: a capture may have recorded the copy."""
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        self._copies.append(host)
-        return host.to(self.device, non_blocking=True)
+    def _fixed(self, name: Any, table: Tensor) -> Tensor:
+        """A table that never changes, on the device."""
+        if name not in self._tables:
+            self._tables[name] = Mirror(self.device, table.dtype, fixed=True)
+        return self._tables[name].set(True, lambda: table)
 
     def _constants(self, item: Any) -> dict[str, Any]:
         """What the kernel is specialised for."""
         dtype = item.param.dtype
+        whole = item.param.numel() <= item.period
+        strides = (item.offset,) if whole else (item.offset, item.period, item.full_period)
         slot_dtype = next((s.dtype for s in item.slots if s is not None), dtype)
         present = [s is not None for s in item.slots]
         state = {"AMSGRAD": present[2]} if self.family == "adamw" else {"MOMENTUM": present[0]}
@@ -136,14 +151,10 @@ class Runner:
             "AVERAGE": item.average is not None,
             "ROUND_PARAM": self.rounding and dtype == torch.bfloat16 and item.master is None,
             "ROUND_SLOTS": self.rounding and slot_dtype == torch.bfloat16 and any(present),
-            "GROUPED": self._grouped(item),
+            "GROUPED": all(s % 8 == 0 for s in strides),
+            "WHOLE": whole,
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         }
-
-    def _grouped(self, item: Any) -> bool:
-        """Whether eight elements that share random numbers are side by side, from a multiple of eight on."""
-        whole = item.param.numel() <= item.period
-        return item.offset % 8 == 0 and (whole or (item.period % 8 == 0 and item.full_period % 8 == 0))
 
     def _specialisations(self) -> list[_Launch]:
         found: dict[tuple[Any, ...], _Launch] = {}
@@ -151,15 +162,19 @@ class Runner:
             if not self.numels[i]:
                 continue
             constants = self._constants(item)
-            if not (constants["ROUND_PARAM"] or constants["ROUND_SLOTS"]):
-                constants["GROUPED"] = True
-            sizes = {t.element_size() for t in (item.param, *item.slots, item.master, item.average) if t is not None}
-            key = (*(str(v) for v in constants.values()), len(sizes))
-            # Of tensors of two widths a thread takes four elements, else eight: no exchange between threads.
-            found.setdefault(key, _Launch([], constants, 8 if len(sizes) > 1 else 4)).items.append(i)
+            rounds = constants["ROUND_PARAM"] or constants["ROUND_SLOTS"]
+            if not rounds:
+                constants["GROUPED"] = constants["WHOLE"] = True
+            tensors = (item.param, *item.slots, item.master, item.average)
+            mixed = len({t.element_size() for t in tensors if t is not None}) > 1
+            # A thread takes eight elements: one Philox, 16 bytes of bfloat16. Beside float32 its four are the better
+            # share, for what is stored would be exchanged between threads first.
+            num_warps = 8 if mixed and not rounds else 4
+            key = (*(str(v) for v in constants.values()), num_warps)
+            found.setdefault(key, _Launch([], constants, num_warps)).items.append(i)
         for launch in found.values():
             launch.steps = steps_of([self.numels[i] for i in launch.items], BLOCK)
-            launch.pieces = self._copied(pieces_of(launch.items, self.numels, launch.steps * BLOCK))
+            launch.pieces = pieces_of(launch.items, self.numels, launch.steps * BLOCK)
         return list(found.values())
 
     def _item_table(self) -> Tensor:
@@ -168,10 +183,9 @@ class Runner:
 
     def _line(self, item: Any) -> tuple[int, ...]:
         tensors = (item.param, *item.slots, *(None,) * (3 - len(item.slots)), item.master, item.average)
-        whole = item.param.numel() <= item.period
         return (
             item.param.numel(), *(0 if t is None else t.data_ptr() for t in tensors), item.row, item.index, item.offset,
-            *((1 << 62, 1 << 62) if whole else (item.period, item.full_period)), self.seed, 0, 0, 0,
+            item.period, item.full_period, self.seed, 0, 0, 0,
         )  # fmt: skip
 
     def _grad_table(self) -> Tensor:
@@ -195,15 +209,17 @@ class Runner:
             counts = torch.zeros(num_sets + 1, dtype=torch.int64)
             for item, pieces in zip(self.items, self._piece_counts):
                 counts[item.norm_set + 1] += pieces
-            self._bounds[num_sets] = self._copied(counts.cumsum(0))
+            self._bounds[num_sets] = counts.cumsum(0)
         with on_device(out):
-            items, grads = self._item_table(), self._grad_table()
-            for dtype, steps, pieces in self._squares:
+            numels, grads = self._fixed("numels", torch.tensor(self.numels)), self._grad_table()
+            bounds = self._fixed(("bounds", num_sets), self._bounds[num_sets])
+            for dtype, steps, table in self._squares:
+                pieces = self._fixed(dtype, table)
                 _norm.squares_kernel[(pieces.shape[0],)](
-                    items, grads, pieces, self._partial, steps, DTYPE=_TYPES[dtype], BLOCK=SQUARES_BLOCK, TAIL=TAIL,
+                    numels, grads, pieces, self._partial, steps, DTYPE=_TYPES[dtype], BLOCK=SQUARES_BLOCK, TAIL=TAIL,
                     ACC=tl.float64 if dtype == torch.float64 else tl.float32, num_warps=8,
                 )  # fmt: skip
-            _norm.sum_sets_kernel[(num_sets,)](self._partial, self._bounds[num_sets], out, BLOCK=SET_BLOCK, num_warps=4)
+            _norm.sum_sets_kernel[(num_sets,)](self._partial, bounds, out, BLOCK=SET_BLOCK, num_warps=4)
         return out
 
     def _plan_squares(self) -> None:
@@ -228,7 +244,7 @@ class Runner:
             pieces = pieces_of(some, self.numels, steps[dtype] * SQUARES_BLOCK)
             slot = starts[pieces[:, 0].long()] + pieces[:, 1]
             table = torch.stack((pieces[:, 0], pieces[:, 1], slot.int(), torch.zeros_like(slot).int()), 1)
-            self._squares.append((dtype, steps[dtype], self._copied(table)))
+            self._squares.append((dtype, steps[dtype], table))
 
     def run(
         self,
@@ -263,8 +279,9 @@ class Runner:
             items, grads = self._item_table(), self._grad_table()
             kernel = adamw_kernel if self.family == "adamw" else sgdw_kernel
             for launch in self._launches:
-                kernel[(launch.pieces.shape[0],)](
-                    items, grads, launch.pieces, scalars, launch.steps, **launch.constants, BLOCK=BLOCK, TAIL=TAIL,
+                pieces = self._fixed(launch, launch.pieces)
+                kernel[(pieces.shape[0],)](
+                    items, grads, pieces, scalars, launch.steps, **launch.constants, BLOCK=BLOCK, TAIL=TAIL,
                     num_warps=launch.num_warps,
                 )  # fmt: skip
         return norm
@@ -292,7 +309,19 @@ class Runner:
             seen.add(counter)
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (a, b)] if self.family == "adamw" else [0, 0]
             numbers.append(
-                (self.average_decay, max_norm or 0.0, 0.0 if of_tensor else lr, decay_rate, sign, a, b, c, *logs, 0.0, 0.0)
+                (
+                    self.average_decay,
+                    max_norm or 0.0,
+                    0.0 if of_tensor else lr,
+                    decay_rate,
+                    sign,
+                    a,
+                    b,
+                    c,
+                    *logs,
+                    0.0,
+                    0.0,
+                )
             )
 
         def lines() -> list[list[int]]:

@@ -36,7 +36,7 @@ def _scaled_squares(
 
 @triton.jit(do_not_specialize=["steps"])
 def squares_kernel(
-    items_ptr,  # [items, 16] int64: sizes
+    numels_ptr,  # [items] int64: sizes
     grads_ptr,  # [items] int64: pointers
     pieces_ptr,  # [programs, 4] int32: item, which piece of it, where its sum goes, -
     partial_ptr,  # [pieces of all dtypes] float64
@@ -59,12 +59,12 @@ def squares_kernel(
     pid = tl.program_id(0).to(tl.int64)
     item = tl.load(pieces_ptr + 4 * pid).to(tl.int64)
     first = tl.load(pieces_ptr + 4 * pid + 1).to(tl.int64) * steps
-    stop = tl.minimum(tl.load(items_ptr + item * 16), (first + steps) * BLOCK)
+    stop = tl.minimum(tl.load(numels_ptr + item), (first + steps) * BLOCK)
     address = tl.load(grads_ptr + item)
     last = tl.where((address & 15) == 0, stop // BLOCK, first)
     tail, end = last * (BLOCK // TAIL), tl.cdiv(stop, TAIL)
     total, largest = _scaled_squares(address, first, last, tail, end, stop, 1.0, DTYPE, BLOCK, TAIL, ACC)
-    if ACC != tl.float64:
+    if ACC != tl.float64:  # noqa: SIM300
         outside = (largest >= 1099511627776.0) | ((largest < 9.094947017729282e-13) & (largest > 0))
         if outside:
             big = largest >= 1.0

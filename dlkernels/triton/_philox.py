@@ -30,15 +30,22 @@ def philox(c0, c1, c2, c3, seed):
 
 
 @triton.jit
-def element_numbers(start, offset, period, full_period, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
-    """Numbers in the whole parameter of elements start .. start + BLOCK of a shard; GROUPED: of every eighth, over 8."""
+def element_numbers(
+    start, offset, period, full_period, BLOCK: tl.constexpr, GROUPED: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Numbers in the whole parameter of elements start .. start + BLOCK of a shard; GROUPED: of every eighth, over 8.
+
+    WHOLE: the shard ends before the first period does, so that nothing is divided.
+    """
     if GROUPED:
         i = (start // 8) + tl.arange(0, BLOCK // 8)
         period, full_period, offset = period // 8, full_period // 8, offset // 8
     else:
         i = start + tl.arange(0, BLOCK)
-    turn = i // period
-    return turn * full_period + offset + (i - turn * period)
+    e = i + offset
+    if not WHOLE:
+        e += i // period * (full_period - period)
+    return e
 
 
 @triton.jit
@@ -68,7 +75,7 @@ def random_bits(e, number, step, seed, STREAM: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def round_by(x, bits):
-    """To bfloat16 from float32 (float64 first to that), up with the probability of how far x is from the lower neighbour."""
+    """float32 (float64 by way of it) to bfloat16, up with the probability of how far x is from the lower neighbour."""
     x = x.to(tl.float32)
     pattern = (x.to(tl.uint32, bitcast=True) + bits) >> 16
     return tl.where(x != x, 0x7FC0, pattern).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -27,7 +27,15 @@ def locate(items_ptr, grads_ptr, pieces_ptr, rows_ptr, steps, BLOCK: tl.constexp
     master, average, g = tl.load(item_ptr + 5), tl.load(item_ptr + 6), tl.load(grads_ptr + item)
     aligned = ((p | g | s0 | s1 | s2 | master | average) & 15) == 0
     last = tl.where(aligned, stop // BLOCK, first)
-    return item_ptr, row_ptr, (p, g, s0, s1, s2, master, average), first, last, last * (BLOCK // TAIL), tl.cdiv(stop, TAIL)
+    return (
+        item_ptr,
+        row_ptr,
+        (p, g, s0, s1, s2, master, average),
+        first,
+        last,
+        last * (BLOCK // TAIL),
+        tl.cdiv(stop, TAIL),
+    )
 
 
 @triton.jit

@@ -25,6 +25,7 @@ def _adamw_block(
     ROUND_PARAM: tl.constexpr,
     ROUND_SLOTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -64,7 +65,7 @@ def _adamw_block(
     v_out = cast(v, SLOT)
     p_out = cast(theta, PARAM)
     if ROUND_PARAM or ROUND_SLOTS:
-        e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED)
+        e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED, WHOLE)
     if ROUND_SLOTS:
         m_out = round_by(m, random_bits(e, number, step, seed, 1, BLOCK, GROUPED))
         v_out = round_by(v, random_bits(e, number, step, seed, 2, BLOCK, GROUPED))
@@ -100,6 +101,7 @@ def adamw_kernel(
     ROUND_PARAM: tl.constexpr,
     ROUND_SLOTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
@@ -129,10 +131,10 @@ def adamw_kernel(
         for block in range(first, last):
             _adamw_block(
                 addresses, scalars, where, block * BLOCK, numel, True, PARAM, SLOT, AMSGRAD, MASTER, AVERAGE,
-                ROUND_PARAM, ROUND_SLOTS, GROUPED, BLOCK, ACC,
+                ROUND_PARAM, ROUND_SLOTS, GROUPED, WHOLE, BLOCK, ACC,
             )  # fmt: skip
         for block in range(tail, end):
             _adamw_block(
                 addresses, scalars, where, block * TAIL, numel, False, PARAM, SLOT, AMSGRAD, MASTER, AVERAGE,
-                ROUND_PARAM, ROUND_SLOTS, GROUPED, TAIL, ACC,
+                ROUND_PARAM, ROUND_SLOTS, GROUPED, WHOLE, TAIL, ACC,
             )  # fmt: skip

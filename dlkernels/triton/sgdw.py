@@ -25,6 +25,7 @@ def _sgdw_block(
     ROUND_PARAM: tl.constexpr,
     ROUND_SLOTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def _sgdw_block(
 
     p_out = cast(theta, PARAM)
     if ROUND_PARAM or ROUND_SLOTS:
-        e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED)
+        e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED, WHOLE)
     if MOMENTUM:
         m_out = cast(m, SLOT)
         if ROUND_SLOTS:
@@ -88,6 +89,7 @@ def sgdw_kernel(
     ROUND_PARAM: tl.constexpr,
     ROUND_SLOTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     ACC: tl.constexpr,
@@ -116,10 +118,10 @@ def sgdw_kernel(
         for block in range(first, last):
             _sgdw_block(
                 addresses, scalars, where, block * BLOCK, numel, True, PARAM, SLOT, MOMENTUM, MASTER, AVERAGE,
-                ROUND_PARAM, ROUND_SLOTS, GROUPED, BLOCK, ACC,
+                ROUND_PARAM, ROUND_SLOTS, GROUPED, WHOLE, BLOCK, ACC,
             )  # fmt: skip
         for block in range(tail, end):
             _sgdw_block(
                 addresses, scalars, where, block * TAIL, numel, False, PARAM, SLOT, MOMENTUM, MASTER, AVERAGE,
-                ROUND_PARAM, ROUND_SLOTS, GROUPED, TAIL, ACC,
+                ROUND_PARAM, ROUND_SLOTS, GROUPED, WHOLE, TAIL, ACC,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the tests of fused optimizer steps share: items and rows as the optimizers make them, and plain loops over them."""
+"""What the tests of fused optimizer steps share: items and rows as the optimizers make them, plain loops."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ class Plain:
     The order of operations is the kernels', so that what is not exact has their bits where nothing is contracted.
     """
 
-    def __init__(self, family: str, items: list[Item], exact: bool, seed: int | None = None, average_decay: float = 0.0):
+    def __init__(
+        self, family: str, items: list[Item], exact: bool, seed: int | None = None, average_decay: float = 0.0
+    ):
         self.family, self.exact, self.seed, self.average_decay = family, exact, seed, average_decay
         self.items = clone(items)
         if exact:

@@ -1,4 +1,4 @@
-"""SGDW over a table of tensors, interpreted: against plain loops, every dtype pair and option, and what a step moves."""
+"""SGDW over a table of tensors, interpreted: against plain loops, every dtype pair and option, and bytes moved."""
 
 from __future__ import annotations
 
@@ -68,7 +68,17 @@ def check(items: list[Item], values: tuple[Any, ...], decay: float | None = None
                 assert_within_budget(value, right, theirs, what=f"{name} of {value.numel()}")
 
 
-PAIRS = ((F32, F32), (F32, BF16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F16, BF16), (F64, F64), (F64, BF16))
+PAIRS = (
+    (F32, F32),
+    (F32, BF16),
+    (BF16, BF16),
+    (BF16, F32),
+    (F16, F16),
+    (F16, F32),
+    (F16, BF16),
+    (F64, F64),
+    (F64, BF16),
+)
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "-".join(str(d)[6:] for d in p))
@@ -84,7 +94,9 @@ def test_forms(form: str, momentum: bool) -> None:
 
 
 @pytest.mark.parametrize("momentum", (True, False))
-@pytest.mark.parametrize("dtypes", (PAIRS[0], PAIRS[2], PAIRS[3], PAIRS[7]), ids=lambda p: "-".join(str(d)[6:] for d in p))
+@pytest.mark.parametrize(
+    "dtypes", (PAIRS[0], PAIRS[2], PAIRS[3], PAIRS[7]), ids=lambda p: "-".join(str(d)[6:] for d in p)
+)
 def test_master_and_average(dtypes: tuple[torch.dtype, torch.dtype], momentum: bool) -> None:
     check(make_items(*dtypes, (momentum,), dtypes[0] == BF16, True, (7, 1300)), FORMS["nesterov"], 0.9)
 
@@ -106,7 +118,11 @@ def test_rows_share_counters_and_take_tensors() -> None:
     counter = torch.tensor(4.0)
     lr = torch.tensor(0.25, dtype=F64)
     for second in (counter, None):
-        rows = [Row((lr, *FORMS["paper"][1:]), counter), Row(FORMS["nesterov"], second), Row(FORMS["gradient"], counter)]
+        rows = [
+            Row((lr, *FORMS["paper"][1:]), counter),
+            Row(FORMS["nesterov"], second),
+            Row(FORMS["gradient"], counter),
+        ]
         plain = Plain("sgdw", items, False, SEED)
         runner(items, SEED).run(rows)
         plain.run(rows, [int(counter)] * 3, [i.grad for i in items])
