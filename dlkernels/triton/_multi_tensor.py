@@ -297,16 +297,13 @@ class Runner:
         skip_nonfinite: bool,
     ) -> Tensor:
         """Advances the counters; returns the table of scalars that the steps read."""
-        addresses, numbers, seen = [], [], set()
+        addresses, numbers = [], []
         for row in rows:
             lr, decay_rate, sign, a, b, c = row.values
             counter = 0 if row.step is None else row.step.data_ptr()
             of_tensor = isinstance(lr, Tensor)
-            addresses.append(
-                (counter, counter not in seen, lr.data_ptr(), _LR_KINDS[lr.dtype]) if of_tensor
-                else (counter, counter not in seen, 0, 0)
-            )  # fmt: skip
-            seen.add(counter)
+            kind = _LR_KINDS[lr.dtype] if of_tensor else 0
+            addresses.append((counter, lr.data_ptr() if of_tensor else 0, kind, 0))
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (a, b)] if self.family == "adamw" else [0, 0]
             numbers.append(
                 (

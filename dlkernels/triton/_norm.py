@@ -124,7 +124,7 @@ def _one_minus_power(log_beta, t):
     do_not_specialize_on_alignment=["inv_scale_ptr", "found_inf_ptr", "norm_squares_ptr", "norm_ptr"],
 )
 def prepare_kernel(
-    table_ptr,  # [rows, 16] int64: 0 counter, 1 whether to store it, 2 lr tensor, 3 its dtype; float64: 4 decay of the
+    table_ptr,  # [rows, 16] int64: 0 counter, 1 lr tensor, 2 its dtype; float64: 4 decay of the
     #             average, 5 max_norm, 6 lr, 7 decay_rate, 8 sign, 9 to 11 beta1, beta2, eps (SGDW: momentum, paper,
     #             nesterov), 12 and 13 logarithms of the betas
     inv_scale_ptr,  # []
@@ -148,7 +148,7 @@ def prepare_kernel(
     #           1 - beta2, 1 / sqrt(1 - beta2^t);  SGDW: gain, rate = lr, 1 (paper) or 1, lr. All in float64.
     # Traffic   256 bytes per row.
     # Grid      one program.
-    # Requires  rows <= BLOCK_R. Rows may share a counter: all read it before the one marked for it writes.
+    # Requires  rows <= BLOCK_R. Rows may share a counter: all read it, then all write the same.
     # Result    bitwise reproducible.
     offs = tl.arange(0, BLOCK_R)
     mask = offs < rows
@@ -176,10 +176,10 @@ def prepare_kernel(
     t = tl.load(counter_ptr, mask=counted, other=0.0)
     t = tl.where(skip, t, t + 1.0)
     tl.debug_barrier()
-    tl.store(counter_ptr, t, mask=counted & (tl.load(table + 1, mask=mask, other=0) != 0) & (skip == 0))
+    tl.store(counter_ptr, t, mask=counted & (skip == 0))
     t = t.to(tl.float64)
 
-    address, kind = tl.load(table + 2, mask=mask, other=0), tl.load(table + 3, mask=mask, other=0)
+    address, kind = tl.load(table + 1, mask=mask, other=0), tl.load(table + 2, mask=mask, other=0)
     lr = _number(table + 6, mask) + _number_at(address, kind, 1, tl.float32) + _number_at(address, kind, 2, tl.float64)
     lr += _number_at(address, kind, 3, tl.float16) + _number_at(address, kind, 4, tl.bfloat16)
 
