@@ -198,6 +198,10 @@ class Runner:
             raise ValueError(f"`grads` must have {len(self.items)} tensors, got {len(grads)}")
         self.grads = grads
 
+    def forget_grads(self) -> None:
+        """Hold them no longer: whoever sets gradients to None wants the memory back."""
+        self.grads = []
+
     # Launches ---------------------------------------------------------------------------------------------------------
 
     def squares(self, num_sets: int) -> Tensor:
@@ -228,10 +232,11 @@ class Runner:
         groups: dict[torch.dtype, list[int]] = {}
         for i in order:
             if self.numels[i]:
-                groups.setdefault(self.grads[i].dtype, []).append(i)
+                groups.setdefault(self.items[i].param.dtype, []).append(i)
         steps = {d: steps_of([self.numels[i] for i in some], SQUARES_BLOCK) for d, some in groups.items()}
         counts = [
-            -(-n // (steps[g.dtype] * SQUARES_BLOCK)) if n else 0 for n, g in zip(self.numels, self.grads, strict=True)
+            -(-n // (steps[i.param.dtype] * SQUARES_BLOCK)) if n else 0
+            for n, i in zip(self.numels, self.items, strict=True)
         ]
         begin, total = [0] * len(self.items), 0
         for i in order:
