@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,10 @@ def _after_steps(function: Function, tensors: Tensors) -> Tensors:
         for factor in STEPS:
             step.load(factor)
             step.run()
-        return step.results()
+        results = step.results()
+    del step
+    gc.collect()  # torch's optimizers are in cycles
+    return results
 
 
 def in_float64(tensors: Tensors) -> Tensors:

@@ -44,7 +44,7 @@ def draw(doc: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times faster than eager PyTorch, compiled (or torch's fused step) and ours; eager is the line at 1."""
+    """Bars: how many times faster than eager PyTorch (the line at 1), compiled (or torch's fused step) and ours."""
     base = report.second(records)
     lines: list[dict[str, Any] | str] = []
     for record in records:
@@ -76,9 +76,7 @@ def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> No
             )
     axes.axvline(1, color="#374151", linewidth=1.2)
     axes.set_xscale("log", base=2)
-    ratios = [
-        c["x_eager"] for r in records for n, c in r["candidates"].items() if n in (OURS, base) and "x_eager" in c
-    ]
+    ratios = [c["x_eager"] for r in records for n, c in r["candidates"].items() if n in (OURS, base) and "x_eager" in c]
     axes.set_xlim(min(0.5, min(ratios) / 1.5), widest * 1.4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
