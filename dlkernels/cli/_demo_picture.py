@@ -105,9 +105,10 @@ def _times(axes: Any, timings: list[Any]) -> None:
     for row, timing in zip(rows, timings, strict=True):
         share = 100 * timing.fused / timing.eager
         first = row == 0
+        speedup = f"{timing.speedup:.{0 if timing.speedup >= 100 else 1}f}x"
         axes.barh(row, 100, 0.62, color=EAGER, alpha=0.45, label="eager = 100 %" if first else None)
         axes.barh(row, min(share, FULL), 0.62, color=FUSED, label="fused" if first else None)
-        axes.text(max(min(share, FULL), 100) + 2, row, f"{timing.speedup:.1f}x", va="center", fontsize=12,
+        axes.text(max(min(share, FULL), 100) + 2, row, speedup, va="center", fontsize=12,
                   fontweight="bold")  # fmt: skip
         text = f"{format_time(timing.eager)}  →  {format_time(timing.fused)}"
         inside = share < 50

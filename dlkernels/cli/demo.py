@@ -259,7 +259,7 @@ def _share(demo: Demo) -> str:
         for kind in ("eager", "fused")
     )
     return (
-        f"This network is tiny, and so are the shares of its loss and its optimizer: {eager} of the eager step, {fused} "
-        "of the fused one. Most of the step is convolutions, the same on both sides. The larger rows show what losses, "
-        "layers and optimizers cost at scale."
+        f"This network is tiny, and so are the shares of its loss and its optimizer: {eager} of the eager step, "
+        f"{fused} of the fused one. Most of the step is convolutions, the same on both sides. The larger rows show "
+        "what losses, layers and optimizers cost at scale."
     )
