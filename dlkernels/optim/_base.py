@@ -327,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 hook(self, args, kwargs)
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this package
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
         return self._step_with_hooks(closure)
 

@@ -61,6 +61,15 @@ class Row:
     step: Tensor | None
 
 
+# What the moments of a parameter may be.
+MOMENTS = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float16, torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether every element of memory between the first and the last belongs to x, once."""
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
@@ -179,9 +188,9 @@ class Plan:
             f.position,
             param,
             grad,
-            tuple(self._like(state[name], param) if name in slots else None for name in optimizer._slots),
-            self._like(state.get("master_param") if optimizer.master_weights else None, param),
-            self._like(state.get("ema") if optimizer.ema_decay is not None else None, param),
+            tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots),
+            self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
+            self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
             part.row(f.group, state.get("step")),
             self.keys.index(key),
             *(place_of(f.owner) or (0, whole, whole)),
@@ -191,7 +200,7 @@ class Plan:
         self.copies.append((original, copy))
         self.repeats = False
 
-    def _like(self, x: Tensor | None, param: Tensor) -> Tensor | None:
+    def _like(self, name: str, x: Tensor | None, param: Tensor) -> Tensor | None:
         """A state tensor in the memory layout of its parameter; written back after the step where that takes a copy."""
         if x is None:
             return None
@@ -200,6 +209,12 @@ class Plan:
             raise ValueError(
                 f"a state tensor must have its parameter's shape and device, {tuple(param.shape)} on {param.device}, "
                 f"got {tuple(part.shape)} on {part.device}"
+            )
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        allowed = (wide,) if name in ("master_param", "ema") else MOMENTS[param.dtype]
+        if part.dtype not in allowed:
+            raise TypeError(
+                f"`{name}` of a {param.dtype} parameter must be {' or '.join(map(str, allowed))}, got {part.dtype}"
             )
         if part.stride() == param.stride() or part.numel() <= 1:
             return part
