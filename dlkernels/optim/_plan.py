@@ -118,6 +118,7 @@ class Part:
         if self.holds_grads:
             for item in self.items:
                 item.grad = None
+            self.runner.forget_grads()
             self.holds_grads = False
 
     def row(self, group: int, step: Tensor | None) -> int:

@@ -88,6 +88,9 @@ class CppRunner:
     def set_grads(self, grads: list[Tensor]) -> None:
         self.table.set_grads(grads)
 
+    def forget_grads(self) -> None:
+        """The table holds addresses only."""
+
     def squares(self, num_sets: int) -> list[float]:
         return self.table.squares(num_sets)
 
@@ -110,6 +113,9 @@ class ReferenceRunner:
     def set_grads(self, grads: list[Tensor]) -> None:
         for item, grad in zip(self.items, grads, strict=True):
             item.grad = grad
+
+    def forget_grads(self) -> None:
+        """They were held by the items."""
 
     def squares(self, num_sets: int) -> list[float]:
         sums = [0.0] * num_sets
