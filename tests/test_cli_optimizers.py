@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +25,7 @@ from dlkernels.cli._optimizer_cases import CASES, OptimizerCase
 from dlkernels.cli._profile_bytes import bytes_per_step
 from dlkernels.optim._runners import FAMILIES, make_runner
 
+ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"adamw": "AdamW", "sgdw": "SGDW"}
 
 
@@ -280,3 +283,20 @@ def test_each_run_trains_with_its_own_optimizer(kind: str, monkeypatch: pytest.M
     _demo_parts.train(_demo_parts.cross_entropy(data), kind, data, 1, lambda: None)
     _demo_parts.training_step(data, _demo_parts.cross_entropy(data), kind)()
     assert [type(each) for each in made] == 2 * [dk.optim.AdamW if kind == "fused" else torch.optim.AdamW]
+
+
+# Triton's interpreter -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(_backend.triton_missing()), reason=_backend.triton_missing())
+def test_check_runs_clipped_steps_in_the_interpreter() -> None:
+    """Its kernels take the scalars of a step as tensors, on the CPU too."""
+    code = (
+        "from dlkernels.cli import check\nfrom dlkernels.cli._optimizer_cases import OptimizerCase\n"
+        "case = OptimizerCase('sgdw', ((5, 3), (7,)), options={'max_grad_norm': 2.0})\n"
+        "result = check.run_case(case, 'float32', 'cpu')\nassert not result.failed, result.explain()\n"
+        "assert result.value.error > 0\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1", "DLKERNELS_BACKEND": "triton", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert ran.returncode == 0, ran.stderr

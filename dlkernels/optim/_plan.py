@@ -305,9 +305,9 @@ def _on(total: Any, other: Any) -> Any:
 
 
 def _move(x: Any, device: torch.device) -> Any:
-    """A scalar where a runner wants it: a number for the CPU, a tensor for a GPU."""
+    """A scalar where a runner wants it: a number for the CPU, a tensor for a GPU and for Triton's interpreter."""
     if x is None:
         return None
-    if device.type == "cpu":
+    if device.type == "cpu" and _backend.state.forced != "triton":
         return float(x)
     return x.to(device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=device)
