@@ -49,7 +49,7 @@ def host_control(
 class CppRunner:
     """CPU tensors by the compiled loops. The table keeps pointers between steps and notices when they change."""
 
-    device_type = "cpu"
+    on_host = True  # scalars are numbers
 
     def __init__(
         self,
@@ -103,6 +103,8 @@ class CppRunner:
 
 class ReferenceRunner:
     """Any device, in plain PyTorch, one parameter after the other."""
+
+    on_host = True
 
     def __init__(
         self, family: str, items: list[Item], *, rounding_seed: int | None, average_decay: float | None

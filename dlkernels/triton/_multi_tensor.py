@@ -108,6 +108,8 @@ class Runner:
         average_decay: of the moving averages.
     """
 
+    on_host = False  # scalars are tensors
+
     def __init__(
         self, family: str, items: list[Any], *, rounding_seed: int | None, average_decay: float | None
     ) -> None:
