@@ -321,7 +321,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if not isinstance(result, tuple) or len(result) != 2:
                         raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result}")
                     args, kwargs = result
-            loss = self._closure_and_step(*args[1:], **kwargs)
+            loss = self._closure_and_step(*args[1:], **kwargs, run=Plan.run_in_range)
             self._optimizer_step_code()
             for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
                 hook(self, args, kwargs)
@@ -331,7 +331,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
         return self._step_with_hooks(closure)
 
-    def _closure_and_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _closure_and_step(self, closure: Callable[[], Any] | None = None, *, run: Any = Plan.run) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -343,7 +343,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.no_grad():
                 plan = self._build()
         if plan is not None:
-            plan.run(self)
+            run(plan, self)
         return loss
 
     def _build(self) -> Plan | None:
