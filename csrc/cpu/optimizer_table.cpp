@@ -178,7 +178,7 @@ class OptimizerTable {
     };
     for (size_t i = 0; i < slots.size(); ++i) {
       t.slots[i] = other(slots[i]);
-      if (t.slots[i] != nullptr) t.slot_dtype = float_kind("state", *slots[i]);
+      if (slots[i].has_value()) t.slot_dtype = float_kind("state", *slots[i]);  // the pointer of an empty one is null
     }
     for (const auto& slot : slots)
       TORCH_CHECK_TYPE(!slot.has_value() || float_kind("state", *slot) == t.slot_dtype,
@@ -244,8 +244,14 @@ class OptimizerTable {
     return true;
   }
 
+  static bool same_shape(const at::Tensor& a, const at::Tensor& b) {
+    return a.sizes() == b.sizes() && (a.strides() == b.strides() || a.numel() <= 1);
+  }
+
   static bool same_kind(const Item& item, const at::Tensor& owner, const at::Tensor& grad) {
-    if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
+    if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type() ||
+        !same_shape(owner, item.param))
+      return false;
     for (size_t i = 0; i < item.others.size(); ++i)
       if (address_of(item.others[i]) != item.pointers[i]) return false;
     const auto keys = grad.key_set();
@@ -253,7 +259,7 @@ class OptimizerTable {
         keys.has(at::DispatchKey::ZeroTensor))
       return false;
     return grad.scalar_type() == item.param.scalar_type() && grad.device() == item.param.device() &&
-           grad.sizes() == item.param.sizes() && (grad.strides() == item.param.strides() || grad.numel() <= 1);
+           same_shape(grad, item.param);
   }
 
   // The pieces of the items that are present.
