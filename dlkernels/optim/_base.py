@@ -61,6 +61,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_options(self, options: dict[str, Any]) -> None:
         o = {**OPTIONS, **options}
+        self._check_options(o)
+        self.__dict__.update(o)
+        self._forget_plan()
+        self._averages: list[tuple[Tensor, Tensor]] | None = None
+        self._norm: Any = None
+        if o["fused_unscale"]:
+            self._step_supports_amp_scaling = True
+
+    @staticmethod
+    def _check_options(o: dict[str, Any]) -> None:
         if o["max_grad_norm"] is not None and not _checks.number("max_grad_norm", o["max_grad_norm"]) > 0:
             raise ValueError(f"`max_grad_norm` must be > 0 or None, got {o['max_grad_norm']}")
         if o["ema_decay"] is not None:
@@ -70,12 +80,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         seed = _checks.integer("seed", o["seed"])
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"`seed` must be in [0, 2**64), got {seed}")
-        self.__dict__.update(o)
-        self._forget_plan()
-        self._averages: list[tuple[Tensor, Tensor]] | None = None
-        self._norm: Any = None
-        if o["fused_unscale"]:
-            self._step_supports_amp_scaling = True
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
@@ -346,6 +350,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Check everything, then make state and lists. None when no parameter has a gradient."""
         found = []
         position = 0
+        self._check_options(self.__dict__)
         for g, group in enumerate(self.param_groups):
             self._check_group(group)
             for p in group["params"]:
@@ -355,8 +360,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not found:
             return None
         self._split_counters(found)
-        self._init_state(found)
-        self._plan = Plan(self, found)
+        before = {f.owner: set(self.state[f.owner]) if f.owner in self.state else None for f in found}
+        try:
+            self._init_state(found)
+            self._plan = Plan(self, found)
+        except BaseException:  # a failed step leaves nothing behind
+            for p, names in before.items():
+                for name in set(self.state.get(p, ())) - (names or set()):
+                    del self.state[p][name]
+                if names is None:
+                    self.state.pop(p, None)
+            raise
         return self._plan
 
     # Averaged weights -------------------------------------------------------------------------------------------------

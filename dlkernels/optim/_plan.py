@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
 
+# Of the moments, by the dtype of the parameter; the first one also of what else is kept of the parameter itself.
+STATE_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.bfloat16, torch.float16),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
+
+
 @dataclass(slots=True)
 class Item:
     """One parameter of a step. All tensors are local, dense and of one memory layout.
@@ -155,13 +164,22 @@ class Plan:
 
     @staticmethod
     def _options(optimizer: FusedOptimizer) -> tuple[Any, ...]:
-        """What the lists were made for; changing one of these between steps needs new ones."""
-        return optimizer.ema_decay, optimizer.stochastic_rounding, optimizer.seed, optimizer.master_weights
+        """What the lists were made for, and checked; changing one of these between steps needs new ones."""
+        return (
+            optimizer.ema_decay,
+            optimizer.stochastic_rounding,
+            optimizer.seed,
+            optimizer.master_weights,
+            optimizer.max_grad_norm,
+            [optimizer._slots_of(group) for group in optimizer.param_groups],
+        )
 
     def _item(self, optimizer: FusedOptimizer, f: Found, part: Part) -> Item:
         state = optimizer.state[f.owner]
         param, grad, f.grad = f.param, f.grad, None
         if not is_dense(param):
+            if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(f"parameter {f.position} must have an element of memory for each of its own, clone it")
             param = param.clone(memory_format=torch.contiguous_format)
             self._copied(f.param, param)
         if grad.stride() != param.stride() and grad.numel() > 1:
@@ -176,10 +194,10 @@ class Plan:
             f.position,
             param,
             grad,
-            tuple(self._like(state[name], param) if name in slots else None for name in optimizer._slots),
-            self._like(state.get("master_param") if optimizer.master_weights else None, param),
-            self._like(state.get("ema") if optimizer.ema_decay is not None else None, param),
-            part.row(f.group, state.get("step")),
+            tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots),
+            self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
+            self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
+            part.row(f.group, self._counter(state.get("step"))),
             self.keys.index(key),
             *(place_of(f.owner) or (0, whole, whole)),
         )
@@ -188,11 +206,25 @@ class Plan:
         self.copies.append((original, copy))
         self.repeats = False
 
-    def _like(self, x: Tensor | None, param: Tensor) -> Tensor | None:
+    @staticmethod
+    def _counter(step: Any) -> Tensor | None:
+        if step is not None and not (isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1):
+            got = f"{step.dtype} {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
+            raise TypeError(f"`step` in the state must be a float32 tensor of one element, got {got}")
+        return step
+
+    def _like(self, name: str, x: Tensor | None, param: Tensor) -> Tensor | None:
         """A state tensor in the memory layout of its parameter; written back after the step where that takes a copy."""
         if x is None:
             return None
         part = local_of(x)
+        moment = name not in ("master_param", "ema")
+        allowed = STATE_DTYPES[param.dtype] if moment else STATE_DTYPES[param.dtype][:1]
+        if part.dtype not in allowed:
+            raise TypeError(
+                f"`{name}` in the state must be {' or '.join(map(str, allowed))} beside a parameter of {param.dtype}, "
+                f"got {part.dtype}"
+            )
         if part.shape != param.shape or part.device != param.device:
             raise ValueError(
                 f"a state tensor must have its parameter's shape and device, {tuple(param.shape)} on {param.device}, "
@@ -225,7 +257,9 @@ class Plan:
                 if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                     return False
                 param = local_of(f.owner.detach())
-                if param.data_ptr() != item.param.data_ptr() or param.dtype != item.param.dtype:
+                if (param.data_ptr(), param.dtype) != (item.param.data_ptr(), item.param.dtype):
+                    return False
+                if (param.shape, param.stride()) != (item.param.shape, item.param.stride()):
                     return False
                 grad = f.local_grad()
                 if grad.stride() != item.param.stride() and grad.numel() > 1:
