@@ -7,10 +7,13 @@ Environment:
     DLKERNELS_CUDA=auto|0|1    CUDA part: when torch has CUDA and nvcc is found (default), never, or an error
     TORCH_CUDA_ARCH_LIST       architectures of the CUDA part, as torch reads it; no GPU is looked for
     MAX_JOBS                   compilers at a time
+    DLKERNELS_KERNEL_CACHE     a folder: objects of the CPU loops are kept there and taken from there. They hold nothing of
+                               torch or Python, so that builds for several of these share them
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -158,28 +161,39 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
     """One object per kernel file and instruction set, with the flags that only these files may have."""
     folder = folder / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in gcc's own AVX-512 headers
     jobs = []
     for source in kernels:
         for name, flags in INSTRUCTION_SETS.items():
             target = folder / f"{source.stem}.{name}.o"
-            if stale(target):
-                quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in gcc's own AVX-512 headers
-                command = [
-                    *cxx().split(),
-                    *CXX_FLAGS,
-                    *quiet,
-                    "-std=c++17",
-                    *flags,
-                    f"-DCPU_CAPABILITY={name}",
-                    "-fPIC",
-                    "-MMD",  # what the object was made of, beside it in a .d file
-                ]
-                jobs.append([*command, "-c", str(source), "-o", str(target)])
+            command = [*cxx().split(), *CXX_FLAGS, *quiet, "-std=c++17", *flags, f"-DCPU_CAPABILITY={name}", "-fPIC"]
+            cached = cached_object(command, source, name)
+            if stale(target) and not (cached and cached.exists()):
+                made_of = ["-MMD"]  # beside the object in a .d file
+                jobs.append(([*command, *made_of, "-c", str(source), "-o", str(target)], target, cached))
+            elif stale(target):
+                shutil.copy(cached, target)
+                target.with_suffix(".d").unlink(missing_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        for job, done in zip(jobs, pool.map(subprocess.run, jobs)):
+        for (job, target, cached), done in zip(jobs, pool.map(subprocess.run, [job for job, *_ in jobs])):
             if done.returncode:
                 raise SystemExit(f"compiling failed: {' '.join(job)}")
+            if cached:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(target, cached)
     return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
+
+
+def cached_object(command: list[str], source: Path, name: str) -> Path | None:
+    """Where DLKERNELS_KERNEL_CACHE holds the object of this compiler, these flags and these sources."""
+    folder = os.environ.get("DLKERNELS_KERNEL_CACHE")
+    if not folder:
+        return None
+    compiler = subprocess.run([*cxx().split(), "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256(f"{compiler} {command}".encode())
+    for path in (source, *sorted((ROOT / "csrc").rglob("*.h"))):
+        digest.update(path.read_bytes())
+    return Path(folder) / f"{source.stem}.{name}.{digest.hexdigest()[:32]}.o"
 
 
 def stale(target: Path) -> bool:

@@ -40,6 +40,11 @@ def _without(module: str) -> str:
     return "" if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
+def _without_hosts() -> str:
+    missing = [name for name in ("lightning", "transformers", "accelerate") if _without(name)]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
 # What a check may need -> the reason why it is missing, or "".
 NEEDS: dict[str, Callable[[], str]] = {
     "cpp": lambda: _backend.C_MISSING,
@@ -49,6 +54,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "nvcc": lambda: "" if shutil.which("nvcc") else "nvcc is not on PATH",
     "compiler": lambda: "" if shutil.which("g++") or shutil.which("c++") else "no C++ compiler is on PATH",
     "hypothesis": lambda: _without("hypothesis"),
+    "hosts": _without_hosts,
 }
 
 

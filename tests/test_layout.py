@@ -21,6 +21,9 @@ PACKAGE = ROOT / "dlkernels"
 
 FAMILIES = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_"))
 
+# Optimizers: no function, and a step without a gradient of its own.
+OPTIMIZERS = ["adamw", "sgdw"]
+
 # Families whose public names are functions only.
 WITHOUT_MODULES = {"weight_norm": "a parametrization of other modules: dlkernels/nn/utils/parametrizations.py"}
 
@@ -62,12 +65,30 @@ def test_mirrored_files(path: str, family: str) -> None:
     assert (ROOT / path.format(family)).is_file(), f"{path.format(family)} is missing"
 
 
+@pytest.mark.parametrize("family", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "dlkernels/optim/{}.py",
+        "dlkernels/reference/{}.py",
+        "dlkernels/triton/{}.py",
+        "csrc/math/{}.h",
+        "csrc/cpu/{}.cpp",
+        "csrc/cpu/{}_kernel.cpp",
+        "tests/optim/test_{}.py",
+        "benchmarks/bench_{}.py",
+    ],
+)
+def test_mirrored_files_of_optimizers(path: str, family: str) -> None:
+    assert (ROOT / path.format(family)).is_file(), f"{path.format(family)} is missing"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_module_or_a_reason(family: str) -> None:
     assert (PACKAGE / "nn" / f"{family}.py").is_file() or family in WITHOUT_MODULES
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OPTIMIZERS])
 def test_cuda_file_or_a_line_in_readme(family: str) -> None:
     """A family without a CUDA C++ file says in README's table what serves it on GPUs."""
     if (ROOT / "csrc" / "cuda" / f"{family}.cu").is_file():
@@ -91,8 +112,9 @@ def test_nothing_is_orphaned() -> None:
         for path in files(pattern):
             name = path.stem.removeprefix(prefix)
             if not name.startswith("_"):
-                optimizers = {p.stem for p in files("dlkernels/optim/*.py")}
-                assert any(name == f or name.startswith(f + "_") for f in {*FAMILIES, *optimizers}), short(path)
+                shared = {"philox"}  # by the optimizers
+                known = {*FAMILIES, *OPTIMIZERS, *shared}
+                assert any(name == f or name.startswith(f + "_") for f in known), short(path)
 
 
 def is_kernel_file(path: Path) -> bool:
@@ -174,6 +196,18 @@ def test_function_docstrings(name: str, function: object) -> None:
         args = text.split("\nArgs:")[1].split("\nReturns:")[0]
         for parameter in signature.parameters:
             assert re.search(rf"\b{parameter}\b", args), f"{name}: `{parameter}` is not under Args"
+
+
+@pytest.mark.parametrize(("name", "optimizer"), public(dk.optim), ids=[n for n, _ in public(dk.optim)])
+def test_optimizer_docstrings(name: str, optimizer: object) -> None:
+    text = inspect.getdoc(optimizer)
+    assert text and text.splitlines()[0].endswith((".", ":")), f"{name}: the docstring begins with one sentence"
+    for heading in ("Args:", "Raises:", "Reference:"):
+        assert f"\n{heading}" in text, f"{name}: no {heading}"
+    made = optimizer.__init__ if inspect.isclass(optimizer) else optimizer
+    for parameter in inspect.signature(made).parameters:
+        if parameter != "self":
+            assert re.search(rf"\b{parameter}\b", text), f"{name}: `{parameter}` is not described"
 
 
 @pytest.mark.parametrize(("name", "module"), MODULES, ids=[n for n, _ in MODULES])

@@ -50,13 +50,14 @@ class Randoms {
  public:
   static constexpr bool kParameter = std::is_same<T, bfloat16>::value, kSlots = std::is_same<S, bfloat16>::value;
   static constexpr bool kAny = kParameter || kSlots;
-  static constexpr int64_t kStride = kPhiloxRandoms + kFloatLanes;  // a vector may begin at the last number
+  static constexpr int64_t kStride = kPhiloxRandoms + 32;  // a vector may begin at the last number
 
   // `slots`: how many of them are rounded if they are bfloat16.
   DL_INLINE Randoms(const StepTensor& t, const Rounding& r, int slots)
       : tensor_(t), rounding_(r), begin_(kParameter && !t.master ? 0 : 1), end_(kSlots ? 1 + slots : 1) {
-    for (int64_t i = 0; on() && i < kStreams * kStride; ++i)
-      if (i % kStride >= kPhiloxRandoms) bits_[i] = 0;
+    if (!on()) return;
+    for (int64_t stream = 0; stream < kStreams; ++stream)
+      std::memset(bits_ + stream * kStride + kPhiloxRandoms, 0, 2 * (kStride - kPhiloxRandoms));
   }
   DL_INLINE bool on() const { return kAny && rounding_.on && begin_ < end_; }
 

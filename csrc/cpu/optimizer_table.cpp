@@ -178,7 +178,7 @@ class OptimizerTable {
     };
     for (size_t i = 0; i < slots.size(); ++i) {
       t.slots[i] = other(slots[i]);
-      if (slots[i].has_value()) t.slot_dtype = float_kind("state", *slots[i]);  // the pointer of an empty one is null
+      if (slots[i].has_value()) t.slot_dtype = float_kind("state", *slots[i]);  // empty ones have no pointer
     }
     for (const auto& slot : slots)
       TORCH_CHECK_TYPE(!slot.has_value() || float_kind("state", *slot) == t.slot_dtype,

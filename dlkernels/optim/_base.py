@@ -16,20 +16,10 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, _checks
-from ._plan import Found, Plan
+from ._options import OPTIONS, check_options
+from ._plan import Found, Plan, rolled_back
 from ._sharding import local_of, place_of
 
-# Options of the whole optimizer and not of a group, with their defaults.
-OPTIONS: dict[str, Any] = {
-    "max_grad_norm": None,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "state_dtype": None,
-    "ema_decay": None,
-    "skip_nonfinite": False,
-    "fused_unscale": False,
-}
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -61,25 +51,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_options(self, options: dict[str, Any]) -> None:
         o = {**OPTIONS, **options}
-        self._check_options(o)
+        check_options(o)
         self.__dict__.update(o)
         self._forget_plan()
         self._averages: list[tuple[Tensor, Tensor]] | None = None
         self._norm: Any = None
         if o["fused_unscale"]:
             self._step_supports_amp_scaling = True
-
-    @staticmethod
-    def _check_options(o: dict[str, Any]) -> None:
-        if o["max_grad_norm"] is not None and not _checks.number("max_grad_norm", o["max_grad_norm"]) > 0:
-            raise ValueError(f"`max_grad_norm` must be > 0 or None, got {o['max_grad_norm']}")
-        if o["ema_decay"] is not None:
-            _checks.in_unit_interval("ema_decay", o["ema_decay"])
-        if o["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"`state_dtype` must be torch.float32, torch.bfloat16 or None, got {o['state_dtype']}")
-        seed = _checks.integer("seed", o["seed"])
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"`seed` must be in [0, 2**64), got {seed}")
 
     def _forget_plan(self) -> None:
         self._plan: Plan | None = None
@@ -304,15 +282,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._step_outside_graph(closure)
         if type(self).step is not FusedOptimizer.step:  # overridden: torch has put the hooks around that
             return self._closure_and_step(closure)
-        return self._step_with_hooks(closure)
+        if self._has_hooks() or torch.autograd._profiler_enabled():
+            return self._step_with_hooks(closure)
+        return self._closure_and_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper would cost more than a small step
 
+    def _has_hooks(self) -> bool:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
     def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
         """What torch.optim.Optimizer.profile_hook_step puts around a step."""
-        profiling = torch.autograd._profiler_enabled()
-        name = f"Optimizer.step#{type(self).__name__}.step"
-        with torch.autograd.profiler.record_function(name) if profiling else contextlib.nullcontext():
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
             kwargs: dict[str, Any] = {}
             for hook in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
@@ -327,7 +309,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 hook(self, args, kwargs)
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler with this package
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
         return self._step_with_hooks(closure)
 
@@ -350,7 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Check everything, then make state and lists. None when no parameter has a gradient."""
         found = []
         position = 0
-        self._check_options(self.__dict__)
+        check_options(self.__dict__)
         for g, group in enumerate(self.param_groups):
             self._check_group(group)
             for p in group["params"]:
@@ -360,17 +342,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not found:
             return None
         self._split_counters(found)
-        before = {f.owner: set(self.state[f.owner]) if f.owner in self.state else None for f in found}
-        try:
+        with rolled_back(self.state, found):
             self._init_state(found)
             self._plan = Plan(self, found)
-        except BaseException:  # a failed step leaves nothing behind
-            for p, names in before.items():
-                for name in set(self.state.get(p, ())) - (names or set()):
-                    del self.state[p][name]
-                if names is None:
-                    self.state.pop(p, None)
-            raise
         return self._plan
 
     # Averaged weights -------------------------------------------------------------------------------------------------

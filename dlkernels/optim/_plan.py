@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +15,6 @@ from ._sharding import is_sharded, like_parameter, local_of, norm_key, place_of,
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
-
-
-# Of the moments, by the dtype of the parameter; the first one also of what else is kept of the parameter itself.
-STATE_DTYPES = {
-    torch.float32: (torch.float32, torch.bfloat16),
-    torch.float16: (torch.float32, torch.bfloat16, torch.float16),
-    torch.bfloat16: (torch.float32, torch.bfloat16),
-    torch.float64: (torch.float64,),
-}
 
 
 @dataclass(slots=True)
@@ -70,9 +63,33 @@ class Row:
     step: Tensor | None
 
 
+# What the moments of a parameter may be.
+MOMENTS = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float16, torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether every element of memory between the first and the last belongs to x, once."""
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+@contextlib.contextmanager
+def rolled_back(state: Any, found: list[Found]) -> Iterator[None]:
+    """Take out of the state what a step that fails has put there."""
+    before = {f.owner: set(state[f.owner]) if f.owner in state else None for f in found}
+    try:
+        yield
+    except BaseException:
+        for p, names in before.items():
+            for name in set(state.get(p, ())) - (names or set()):
+                del state[p][name]
+            if names is None:
+                state.pop(p, None)
+        raise
 
 
 class Found:
@@ -111,11 +128,14 @@ class Part:
         self.group_of_row: list[int] = []
         self.found: list[Found] = []
         self.runner: Any = None
+        self.holds_grads = True
         self._row_of: dict[tuple[int, int], int] = {}
 
     def forget_grads(self) -> None:
-        for item in self.items:
-            item.grad = None
+        if self.holds_grads:
+            for item in self.items:
+                item.grad = None
+            self.holds_grads = False
 
     def row(self, group: int, step: Tensor | None) -> int:
         at = self._row_of.setdefault((group, id(step)), len(self.rows))
@@ -218,17 +238,16 @@ class Plan:
         if x is None:
             return None
         part = local_of(x)
-        moment = name not in ("master_param", "ema")
-        allowed = STATE_DTYPES[param.dtype] if moment else STATE_DTYPES[param.dtype][:1]
-        if part.dtype not in allowed:
-            raise TypeError(
-                f"`{name}` in the state must be {' or '.join(map(str, allowed))} beside a parameter of {param.dtype}, "
-                f"got {part.dtype}"
-            )
         if part.shape != param.shape or part.device != param.device:
             raise ValueError(
                 f"a state tensor must have its parameter's shape and device, {tuple(param.shape)} on {param.device}, "
                 f"got {tuple(part.shape)} on {part.device}"
+            )
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        allowed = (wide,) if name in ("master_param", "ema") else MOMENTS[param.dtype]
+        if part.dtype not in allowed:
+            raise TypeError(
+                f"`{name}` of a {param.dtype} parameter must be {' or '.join(map(str, allowed))}, got {part.dtype}"
             )
         if part.stride() == param.stride() or part.numel() <= 1:
             return part
@@ -266,18 +285,35 @@ class Plan:
                     return False
                 grads.append(grad)
             part.runner.set_grads(grads)
+            part.holds_grads = True
         return True
 
     def run(self, optimizer: FusedOptimizer) -> None:
+        groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
             for row, group in zip(part.rows, part.group_of_row, strict=True):
-                row.values = optimizer._values(optimizer.param_groups[group])
-        inv_scale = found_inf = squares = None
-        scale = getattr(optimizer, "grad_scale", None)
+                row.values = values(groups[group])
+        clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if clips or scale is not None or found_inf is not None:
+            optimizer._norm = self._run_scaled(optimizer, clips, scale, found_inf)
+        else:
+            for part in self.parts:
+                part.runner.run(part.rows)
+            optimizer._norm = None
+        for part in self.parts:
+            part.forget_grads()
+        for original, copy in self.copies:
+            original.copy_(copy)
+        if self.table is None:
+            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+
+    def _run_scaled(self, optimizer: FusedOptimizer, clips: bool, scale: Any, found_inf: Any) -> Any:
+        """With the norm of all gradients, or what a GradScaler says: a number for the CPU, tensors for GPUs."""
+        inv_scale = squares = norm = None
         if scale is not None:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
-        found_inf = getattr(optimizer, "found_inf", None)
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+        if clips:
             for part in self.parts:
                 total = reduce_squares(part.runner.squares(len(self.keys)), self.keys, part.device)
                 squares = total if squares is None else squares + _on(total, squares)
@@ -290,12 +326,7 @@ class Plan:
                 max_norm=optimizer.max_grad_norm,
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
-            part.forget_grads()
-        optimizer._norm = norm
-        for original, copy in self.copies:
-            original.copy_(copy)
-        if self.table is None:
-            torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+        return norm
 
 
 def _on(total: Any, other: Any) -> Any:

@@ -29,12 +29,13 @@ def make_runner(family: str, items: list[Item], rows: list[Row], owners: list[Te
 
 
 def host_control(
-    inv_scale: Any, found_inf: Any, norm_squares: Any, max_norm: float | None, skip_nonfinite: bool
+    *, inv_scale: Any, found_inf: Any, norm_squares: Any, max_norm: float | None, skip_nonfinite: bool
 ) -> tuple[float, float | None, bool]:
     """The factor of the gradients, their norm after unscaling, and whether the step is to be left out."""
     inv = 1.0 if inv_scale is None else float(inv_scale)
     factor, norm = inv, None
     if norm_squares is not None:
+        norm_squares = float(norm_squares)
         norm = math.sqrt(norm_squares) * inv if norm_squares >= 0 else math.nan
         if max_norm is not None:
             clip = max_norm / (norm + 1e-6)
@@ -88,9 +89,8 @@ class CppRunner:
     def squares(self, num_sets: int) -> list[float]:
         return self.table.squares(num_sets)
 
-    def run(self, rows: list[Row], *, max_norm: float | None = None, skip_nonfinite: bool = False, inv_scale: Any = None,
-            found_inf: Any = None, norm_squares: Any = None) -> float | None:  # fmt: skip
-        factor, norm, skip = host_control(inv_scale, found_inf, norm_squares, max_norm, skip_nonfinite)
+    def run(self, rows: list[Row], **scaling: Any) -> float | None:
+        factor, norm, skip = host_control(**scaling) if scaling else (1.0, None, False)
         if not skip:
             self.table.step([row.values for row in rows], factor, self.average_decay, self.rounding_seed)
         return norm
@@ -116,11 +116,8 @@ class ReferenceRunner:
         return sums
 
     @torch.no_grad()
-    def run(self, rows: list[Row], *, max_norm: float | None = None, skip_nonfinite: bool = False, inv_scale: Any = None,
-            found_inf: Any = None, norm_squares: Any = None) -> float | None:  # fmt: skip
-        if norm_squares is not None:
-            norm_squares = float(norm_squares)
-        factor, norm, skip = host_control(inv_scale, found_inf, norm_squares, max_norm, skip_nonfinite)
+    def run(self, rows: list[Row], **scaling: Any) -> float | None:
+        factor, norm, skip = host_control(**scaling) if scaling else (1.0, None, False)
         if skip:
             return norm
         for step in {id(row.step): row.step for row in rows if row.step is not None}.values():
