@@ -7,6 +7,7 @@ long as nothing but values changes: the same parameters with gradients of the sa
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -137,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if decay >= 1:
             warnings.warn(
                 f"each step multiplies the parameters by 1 - {decay:.4g}: the weight decay of a step should be far below 1",
-                stacklevel=_backend._outside(),
+                stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
     # Pickling and checkpoints -----------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class SGDW(FusedOptimizer):
     def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, momentum = group["lr"], group["momentum"]
         if isinstance(lr, Tensor):
-            lr = self._tensor_lr(lr)
+            lr = self._tensor_lr(lr) if lr.numel() == 1 else self._check_group(group)
         decay_rate = self._decay_rate(group)
         paper = group.get("momentum_scaling", self.momentum_scaling) == "paper"
         if (

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim_state import BACKENDS, BF16, F32, F64, backend, close, flat, grads, made, same_bits, train  # noqa: F401
+from _helpers import BF16, F32, F64, backend_fixture, close, flat, grads, made, same_bits, train
 from torch import Tensor, nn
 
 import dlkernels as dk
 from dlkernels.testing import assert_bitwise
+
+backend = backend_fixture
 
 Change = Callable[[torch.optim.Optimizer, list[nn.Parameter]], None]
 
@@ -115,7 +117,7 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_between_steps(name: str, backend: str) -> None:  # noqa: F811
+def test_changes_between_steps(name: str, backend: str) -> None:
     """Whatever torch's optimizer does after a change, this one does: the plan of the steps before is no excuse."""
     ours, theirs = made(F64), made(F64)
     for params in (ours, theirs):
@@ -133,7 +135,7 @@ def test_changes_between_steps(name: str, backend: str) -> None:  # noqa: F811
             assert (mine[key] - right[key]).norm() <= 1e-13 * right[key].norm(), f"{key} of parameter {i}"
 
 
-def test_amsgrad_off_again(backend: str) -> None:  # noqa: F811
+def test_amsgrad_off_again(backend: str) -> None:
     """Off, the largest v is not used and not kept up."""
     ours, theirs = made(F64), made(F64)
     a = dk.optim.AdamW(ours, amsgrad=True, lr=0.01)
@@ -146,7 +148,7 @@ def test_amsgrad_off_again(backend: str) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("scaling", ["paper", "gradient"])
-def test_momentum_switched_on_and_off(scaling: str, backend: str) -> None:  # noqa: F811
+def test_momentum_switched_on_and_off(scaling: str, backend: str) -> None:
     """As if it had always been there, at zero, from where it is switched on."""
     params, expected = made(F64), [p.detach().clone() for p in made(F64)]
     optimizer = dk.optim.SGDW(params, lr=0.1, momentum=0.0, momentum_scaling=scaling)
@@ -164,7 +166,7 @@ def test_momentum_switched_on_and_off(scaling: str, backend: str) -> None:  # no
     close(params, expected)
 
 
-def test_options_of_the_optimizer_between_steps(backend: str) -> None:  # noqa: F811
+def test_options_of_the_optimizer_between_steps(backend: str) -> None:
     """Set as attributes, they hold from the next step on: as in an optimizer that was built with them."""
     params = made()
     optimizer = dk.optim.AdamW(params, lr=0.01)
@@ -212,7 +214,7 @@ def snapshot(optimizer: Any, params: list[nn.Parameter]) -> list[Tensor]:
 
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
-def test_averages_in_and_out(dtype: torch.dtype, master: bool, backend: str) -> None:  # noqa: F811
+def test_averages_in_and_out(dtype: torch.dtype, master: bool, backend: str) -> None:
     params = made(dtype)
     optimizer = dk.optim.AdamW(params, lr=0.1, ema_decay=0.5, master_weights=master)
     train(optimizer, params, range(3))
@@ -233,7 +235,7 @@ def test_averages_in_and_out(dtype: torch.dtype, master: bool, backend: str) -> 
         dk.optim.AdamW(made()).swap_ema()
 
 
-def test_average_begins_with_its_parameter(backend: str) -> None:  # noqa: F811
+def test_average_begins_with_its_parameter(backend: str) -> None:
     """Of the value before the first step; a parameter whose gradient comes later begins later, and is not swapped."""
     params = made()
     optimizer = dk.optim.SGDW(params, lr=0.1, ema_decay=0.75)
