@@ -19,6 +19,7 @@ from typing import Any
 
 import aot_center_loss
 import aot_layers
+import aot_optimizers
 import pytest
 
 LIMITS = Path(__file__).with_name("triton_aot_limits.json")
@@ -184,7 +185,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
     region_biased("mean float32 R=6", "float32", 6, False, False, wide=())
     region_biased("mean bfloat16 R=6 softmax mask", "bfloat16", 6, True, True, wide=())
     region_biased("backward float32 R=8192 softmax", "float32", 8192, True, False, loss=0, grad=2, divisor=0)
-    return cases | aot_layers.specialisations() | aot_center_loss.specialisations()
+    return cases | aot_layers.specialisations() | aot_center_loss.specialisations() | aot_optimizers.specialisations()
 
 
 # Compiling and reading the machine code -------------------------------------------------------------------------------
@@ -265,6 +266,7 @@ def bind() -> dict[str, int]:
             weight_norm.weight_norm_bwd(v, v, g, weight_norm.weight_norm_fwd(v, g)[1])
     aot_layers.bind()
     aot_center_loss.bind()
+    aot_optimizers.bind()
     return {name: len(found) for name, found in binaries.items()}
 
 
@@ -314,7 +316,7 @@ def test_launchers_compile_once_per_dtype() -> None:
     assert binaries["count_kernel"] == binaries["_scale_kernel"] == 2, binaries
     assert binaries["finalise_kernel"] == 4, binaries  # and one for each power of two of partial sums: two here
     # Layers and centers: another batch size, eps or alpha compiles nothing new.
-    expected = aot_layers.BINARIES | aot_center_loss.BINARIES
+    expected = aot_layers.BINARIES | aot_center_loss.BINARIES | aot_optimizers.BINARIES
     assert {name: binaries[name] for name in expected} == {n: 2 * count for n, count in expected.items()}, binaries
 
 

@@ -135,6 +135,7 @@ class Part:
         if self.holds_grads:
             for item in self.items:
                 item.grad = None
+            self.runner.forget_grads()
             self.holds_grads = False
 
     def row(self, group: int, step: Tensor | None) -> int:
@@ -315,14 +316,14 @@ class Plan:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
         if clips:
             for part in self.parts:
-                total = reduce_squares(part.runner.squares(len(self.keys)), self.keys, part.device)
+                total = reduce_squares(part.runner.squares(len(self.keys)), self.keys)
                 squares = total if squares is None else squares + _on(total, squares)
         for part in self.parts:
             norm = part.runner.run(
                 part.rows,
-                inv_scale=_move(inv_scale, part.device),
-                found_inf=_move(found_inf, part.device),
-                norm_squares=_move(squares, part.device),
+                inv_scale=_move(inv_scale, part),
+                found_inf=_move(found_inf, part),
+                norm_squares=_move(squares, part),
                 max_norm=optimizer.max_grad_norm,
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
@@ -333,10 +334,10 @@ def _on(total: Any, other: Any) -> Any:
     return total.to(other.device) if isinstance(total, Tensor) and isinstance(other, Tensor) else total
 
 
-def _move(x: Any, device: torch.device) -> Any:
-    """A scalar where a runner wants it: a number for the CPU, a tensor for a GPU."""
+def _move(x: Any, part: Part) -> Any:
+    """A scalar where a runner wants it: a number, or a tensor on its device."""
     if x is None:
         return None
-    if device.type == "cpu":
+    if part.runner.on_host:
         return float(x)
-    return x.to(device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=device)
+    return x.to(part.device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=part.device)

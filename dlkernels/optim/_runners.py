@@ -47,7 +47,7 @@ def host_control(
 class CppRunner:
     """CPU tensors by the compiled loops. The table keeps pointers between steps and notices when they change."""
 
-    device_type = "cpu"
+    on_host = True  # scalars are numbers
 
     def __init__(
         self,
@@ -86,6 +86,9 @@ class CppRunner:
     def set_grads(self, grads: list[Tensor]) -> None:
         self.table.set_grads(grads)
 
+    def forget_grads(self) -> None:
+        """The table holds addresses only."""
+
     def squares(self, num_sets: int) -> list[float]:
         return self.table.squares(num_sets)
 
@@ -99,6 +102,8 @@ class CppRunner:
 class ReferenceRunner:
     """Any device, in plain PyTorch, one parameter after the other."""
 
+    on_host = True
+
     def __init__(
         self, family: str, items: list[Item], *, rounding_seed: int | None, average_decay: float | None
     ) -> None:
@@ -108,6 +113,9 @@ class ReferenceRunner:
     def set_grads(self, grads: list[Tensor]) -> None:
         for item, grad in zip(self.items, grads, strict=True):
             item.grad = grad
+
+    def forget_grads(self) -> None:
+        """They were held by the items."""
 
     def squares(self, num_sets: int) -> list[float]:
         sums = [0.0] * num_sets

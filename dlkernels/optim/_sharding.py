@@ -60,19 +60,17 @@ def norm_key(x: Any) -> Any:
     return (x.device_mesh, dims) if dims else None
 
 
-def reduce_squares(squares: Any, keys: list[Any], device: torch.device) -> Any:
-    """The total over all sets of parameters and all ranks that hold a part of them: a float on the CPU, else a tensor."""
+def reduce_squares(squares: Any, keys: list[Any]) -> Any:
+    """The total over all sets of parameters and all ranks that hold a part of them: a tensor, or a number as given."""
     if all(key is None for key in keys):
         return sum(squares) if isinstance(squares, list) else squares.sum()
     from torch.distributed import all_reduce
 
-    parts = torch.tensor(squares, dtype=torch.float64) if isinstance(squares, list) else squares
-    parts = list(parts.unbind())
+    parts = list(torch.as_tensor(squares, dtype=torch.float64).unbind())
     for i, key in enumerate(keys):
         if key is not None:
-            parts[i] = parts[i].clone()
             mesh, dims = key
+            parts[i] = parts[i].to(mesh.device_type, copy=True)
             for dim in dims:
                 all_reduce(parts[i], group=mesh.get_group(dim))
-    total = torch.stack(parts).sum()
-    return total.item() if device.type == "cpu" else total
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
