@@ -149,10 +149,13 @@ def default_for(device_type: str) -> str:
     return next((name for name in order if not _why_not(name, device_type)), "reference")
 
 
-def _outside() -> int:
-    """The stacklevel, for a warning raised by this function's caller, of the first frame outside of the package."""
-    package, level, frame = str(Path(__file__).parent), 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+def _outside(*more: str) -> int:
+    """The stacklevel, for a warning raised by this function's caller, of the first frame outside of the package.
+
+    `more`: further folders that are not the user's.
+    """
+    folders, level, frame = (str(Path(__file__).parent), *more), 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -7,6 +7,7 @@ long as nothing but values changes: the same parameters with gradients of the sa
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,20 +17,10 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, _checks
-from ._plan import Found, Plan
+from ._options import OPTIONS, check_options
+from ._plan import Found, Plan, rolled_back
 from ._sharding import local_of, place_of
 
-# Options of the whole optimizer and not of a group, with their defaults.
-OPTIONS: dict[str, Any] = {
-    "max_grad_norm": None,
-    "master_weights": False,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "state_dtype": None,
-    "ema_decay": None,
-    "skip_nonfinite": False,
-    "fused_unscale": False,
-}
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -61,15 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_options(self, options: dict[str, Any]) -> None:
         o = {**OPTIONS, **options}
-        if o["max_grad_norm"] is not None and not _checks.number("max_grad_norm", o["max_grad_norm"]) > 0:
-            raise ValueError(f"`max_grad_norm` must be > 0 or None, got {o['max_grad_norm']}")
-        if o["ema_decay"] is not None:
-            _checks.in_unit_interval("ema_decay", o["ema_decay"])
-        if o["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"`state_dtype` must be torch.float32, torch.bfloat16 or None, got {o['state_dtype']}")
-        seed = _checks.integer("seed", o["seed"])
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"`seed` must be in [0, 2**64), got {seed}")
+        check_options(o)
         self.__dict__.update(o)
         self._forget_plan()
         self._averages: list[tuple[Tensor, Tensor]] | None = None
@@ -155,7 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if decay >= 1:
             warnings.warn(
                 f"each step multiplies the parameters by 1 - {decay:.4g}: the weight decay of a step should be far below 1",
-                stacklevel=_backend._outside(),
+                stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
     # Pickling and checkpoints -----------------------------------------------------------------------------------------
@@ -350,6 +333,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Check everything, then make state and lists. None when no parameter has a gradient."""
         found = []
         position = 0
+        check_options(self.__dict__)
         for g, group in enumerate(self.param_groups):
             self._check_group(group)
             for p in group["params"]:
@@ -359,8 +343,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not found:
             return None
         self._split_counters(found)
-        self._init_state(found)
-        self._plan = Plan(self, found)
+        with rolled_back(self.state, found):
+            self._init_state(found)
+            self._plan = Plan(self, found)
         return self._plan
 
     # Averaged weights -------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,21 @@ MOMENTS = {
 def is_dense(x: Tensor) -> bool:
     """Whether every element of memory between the first and the last belongs to x, once."""
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+@contextlib.contextmanager
+def rolled_back(state: Any, found: list[Found]) -> Iterator[None]:
+    """Take out of the state what a step that fails has put there."""
+    before = {f.owner: set(state[f.owner]) if f.owner in state else None for f in found}
+    try:
+        yield
+    except BaseException:
+        for p, names in before.items():
+            for name in set(state.get(p, ())) - (names or set()):
+                del state[p][name]
+            if names is None:
+                state.pop(p, None)
+        raise
 
 
 class Found:
@@ -168,13 +185,22 @@ class Plan:
 
     @staticmethod
     def _options(optimizer: FusedOptimizer) -> tuple[Any, ...]:
-        """What the lists were made for; changing one of these between steps needs new ones."""
-        return optimizer.ema_decay, optimizer.stochastic_rounding, optimizer.seed, optimizer.master_weights
+        """What the lists were made for, and checked; changing one of these between steps needs new ones."""
+        return (
+            optimizer.ema_decay,
+            optimizer.stochastic_rounding,
+            optimizer.seed,
+            optimizer.master_weights,
+            optimizer.max_grad_norm,
+            [optimizer._slots_of(group) for group in optimizer.param_groups],
+        )
 
     def _item(self, optimizer: FusedOptimizer, f: Found, part: Part) -> Item:
         state = optimizer.state[f.owner]
         param, grad, f.grad = f.param, f.grad, None
         if not is_dense(param):
+            if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                raise ValueError(f"parameter {f.position} must have an element of memory for each of its own, clone it")
             param = param.clone(memory_format=torch.contiguous_format)
             self._copied(f.param, param)
         if grad.stride() != param.stride() and grad.numel() > 1:
@@ -192,7 +218,7 @@ class Plan:
             tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots),
             self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
             self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
-            part.row(f.group, state.get("step")),
+            part.row(f.group, self._counter(state.get("step"))),
             self.keys.index(key),
             *(place_of(f.owner) or (0, whole, whole)),
         )
@@ -200,6 +226,13 @@ class Plan:
     def _copied(self, original: Tensor, copy: Tensor) -> None:
         self.copies.append((original, copy))
         self.repeats = False
+
+    @staticmethod
+    def _counter(step: Any) -> Tensor | None:
+        if step is not None and not (isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1):
+            got = f"{step.dtype} {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
+            raise TypeError(f"`step` in the state must be a float32 tensor of one element, got {got}")
+        return step
 
     def _like(self, name: str, x: Tensor | None, param: Tensor) -> Tensor | None:
         """A state tensor in the memory layout of its parameter; written back after the step where that takes a copy."""
@@ -244,7 +277,9 @@ class Plan:
                 if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                     return False
                 param = local_of(f.owner.detach())
-                if param.data_ptr() != item.param.data_ptr() or param.dtype != item.param.dtype:
+                if (param.data_ptr(), param.dtype) != (item.param.data_ptr(), item.param.dtype):
+                    return False
+                if (param.shape, param.stride()) != (item.param.shape, item.param.stride()):
                     return False
                 grad = f.local_grad()
                 if grad.stride() != item.param.stride() and grad.numel() > 1:

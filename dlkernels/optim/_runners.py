@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _backend
 from ..reference._rounding import random_bits, stochastic_round
-from ..reference.adamw import adamw
+from ..reference.adamw import adamw, moments, parameter
 from ..reference.sgdw import sgdw
 from ._plan import Item, Row
 
@@ -145,29 +145,39 @@ class ReferenceRunner:
         slots = [None if s is None else s.to(wide) for s in item.slots]
         if self.family == "adamw":
             beta1, beta2, eps = rest
-            theta, m, v, v_max = adamw(
-                theta, g, *slots, t=t, alpha=lr, beta1=beta1, beta2=beta2, eps=eps, decay=lr * decay_rate
-            )
-            slots = [m, v, v_max]
+            scalars = {"t": t, "alpha": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": lr * decay_rate}
+            if slots[2] is not None and self._rounds(item.slots[2]):
+                self._update_with_largest_stored(item, theta, g, slots, scalars)
+                return
+            theta, *slots = adamw(theta, g, *slots, **scalars)
         else:
             beta, paper, nesterov = rest
             theta, m = sgdw(
                 theta, g, slots[0], lr=lr, beta=beta, decay=lr * decay_rate, paper=bool(paper), nesterov=bool(nesterov)
             )
             slots = [m]
-        for stream, (slot, value) in enumerate(zip(item.slots, slots, strict=True), 1):
+        self._store_all(item, theta, slots, t)
+
+    def _update_with_largest_stored(self, item: Item, theta: Tensor, g: Tensor, slots: Any, scalars: Any) -> None:
+        """AMSGrad where v is rounded at random: the largest v is that of those stored, and what is divided by."""
+        t, beta1, beta2 = (scalars[name] for name in ("t", "beta1", "beta2"))
+        m, v = moments(g, slots[0], slots[1], beta1=beta1, beta2=beta2)
+        self._store(item.slots[1], v, item, t, 2)
+        largest = torch.maximum(slots[2], item.slots[1].to(v.dtype))
+        item.slots[2].copy_(largest)
+        self._store_all(item, parameter(theta, m, largest, **scalars), [m], t)
+
+    def _store_all(self, item: Item, theta: Tensor, values: Any, t: int) -> None:
+        for stream, (slot, value) in enumerate(zip(item.slots, values), 1):
             if slot is not None:
-                if stream == 3 and self._rounds(slot):
-                    value = torch.maximum(slot.to(wide), item.slots[1].to(wide))  # of what is stored
-                    slot.copy_(value)
-                else:
-                    self._store(slot, value, item, t, stream)
+                self._store(slot, value, item, t, stream)
         if item.master is None:
             self._store(item.param, theta, item, t, 0)
         else:
             item.master.copy_(theta)
             item.param.copy_(theta)
         if item.average is not None:
+            wide = item.average.dtype
             stored = item.param.to(wide) if item.master is None else item.master
             item.average.add_(stored - item.average, alpha=1.0 - self.average_decay)
 

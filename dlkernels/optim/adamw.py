@@ -144,13 +144,16 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, eps = group["lr"], group["eps"]
-        beta1, beta2 = group["betas"]
-        beta1, beta2 = float(beta1), float(beta2)
+        try:
+            beta1, beta2 = map(float, group["betas"])
+        except (TypeError, ValueError):
+            self._check_group(group)  # says what they must be
+            raise
         if isinstance(lr, Tensor):
-            lr = self._tensor_lr(lr)
+            lr = self._tensor_lr(lr) if lr.numel() == 1 else self._check_group(group)
         decay_rate = self._decay_rate(group)
-        if not (lr.__class__ is Tensor or 0.0 <= lr * (1.0 + decay_rate) < math.inf) or not (
-            0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps < math.inf
+        if not (lr.__class__ is Tensor or 0.0 <= lr < math.inf) or not (
+            0.0 <= decay_rate < math.inf and 0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps < math.inf
         ):
             self._check_group(group)
         return lr, decay_rate, -1.0 if group["maximize"] else 1.0, beta1, beta2, eps

@@ -133,10 +133,14 @@ class SGDW(FusedOptimizer):
     def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, momentum = group["lr"], group["momentum"]
         if isinstance(lr, Tensor):
-            lr = self._tensor_lr(lr)
+            lr = self._tensor_lr(lr) if lr.numel() == 1 else self._check_group(group)
         decay_rate = self._decay_rate(group)
-        if not (lr.__class__ is Tensor or 0.0 <= lr * (1.0 + decay_rate) < math.inf) or not 0.0 <= momentum < 1.0:
-            self._check_group(group)
         paper = group.get("momentum_scaling", self.momentum_scaling) == "paper"
+        if (
+            not (lr.__class__ is Tensor or 0.0 <= lr < math.inf)
+            or not (0.0 <= decay_rate < math.inf and 0.0 <= momentum < 1.0)
+            or (group["nesterov"] and (paper or not momentum))
+        ):
+            self._check_group(group)
         sign = -1.0 if group["maximize"] else 1.0
         return lr, decay_rate, sign, float(momentum), float(paper), float(group["nesterov"])
