@@ -1,8 +1,8 @@
 // One call per optimizer step for all parameters: a table of pointers that is made once, and looked over at each step.
 //
-// Python (dlkernels/optim/_plan.py) checks everything and makes the table. `refresh` then says whether all is as it was:
-// the same parameters in the same groups, the same state tensors at the same addresses, gradients of the same kind for
-// the same sets of parameters. It takes the addresses of the gradients; where anything differs, Python plans anew.
+// Python (dlkernels/optim/_plan.py) checks everything and makes the table. `refresh` then says whether all is as it
+// was: the same parameters in the same groups, the same state tensors at the same addresses, gradients of the same kind
+// for the same sets of parameters. It takes the addresses of the gradients; where anything differs, Python plans anew.
 #include "optimizer_table.h"
 
 #include <pybind11/stl.h>
@@ -100,8 +100,8 @@ class OptimizerTable {
   bool refresh(const py::list& param_groups, const py::dict& state) {
     if (!same_groups(param_groups.ptr())) return false;
     size_t at = 0;
-    const bool same = walk_state(
-        state.ptr(), [&](PyObject* object) { return at < state_.size() && state_[at++] == object; });
+    const bool same =
+        walk_state(state.ptr(), [&](PyObject* object) { return at < state_.size() && state_[at++] == object; });
     return same && at == state_.size() && take_grads();
   }
 

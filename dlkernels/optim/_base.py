@@ -137,7 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         decay = float(lr) * self._decay_rate(group)
         if decay >= 1:
             warnings.warn(
-                f"each step multiplies the parameters by 1 - {decay:.4g}: the weight decay of a step should be far below 1",
+                f"each step multiplies the parameters by 1 - {decay:.4g}: the decay of a step should be far below 1",
                 stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
@@ -175,8 +175,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of torch's optimizer gave.
 
-        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What is
-        missing is made from the parameters.
+        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What
+        is missing is made from the parameters.
         """
         self._refuse_while_swapped("load_state_dict()")
         super().load_state_dict(state_dict)
@@ -323,6 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._refuse_while_swapped("step()")
         plan = self._plan
         if plan is None or not plan.fresh(self):
+            self._forget_plan()
             with torch.no_grad():
                 plan = self._build()
         if plan is not None:
