@@ -7,8 +7,8 @@ Environment:
     DLKERNELS_CUDA=auto|0|1    CUDA part: when torch has CUDA and nvcc is found (default), never, or an error
     TORCH_CUDA_ARCH_LIST       architectures of the CUDA part, as torch reads it; no GPU is looked for
     MAX_JOBS                   compilers at a time
-    DLKERNELS_KERNEL_CACHE     a folder: objects of the CPU loops are kept there and taken from there. They hold nothing of
-                               torch or Python, so that builds for several of these share them
+    DLKERNELS_KERNEL_CACHE     a folder: objects of the CPU loops are kept there and taken from there. They hold nothing
+                               of torch or Python, so that builds for several of these share them
 """
 
 from __future__ import annotations

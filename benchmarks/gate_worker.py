@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_adamw
 import bench_center_loss
 import bench_focal_loss
 import bench_gccs_loss
 import bench_group_norm
 import bench_region_biased_loss
+import bench_sgdw
 import bench_squeeze_excite
 import bench_stochastic_depth
 import bench_weight_norm
@@ -32,7 +34,7 @@ FAMILIES: list[Family] = [
     bench.FAMILY
     for bench in (
         bench_focal_loss, bench_center_loss, bench_gccs_loss, bench_region_biased_loss, bench_group_norm,
-        bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth,
+        bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth, bench_adamw, bench_sgdw,
     )
 ]  # fmt: skip
 
@@ -61,6 +63,8 @@ def save(path: Path, data: Any) -> None:
 
 def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
     """No synchronisation; a captured step, replayed on other inputs, gives the eager results of these inputs."""
+    if case.steps:
+        return graph_step(family, case, gpu)
     function = family.ours(case)
     static, other = (make_inputs(family, case, gpu.device, seed) for seed in (1, 2))
     expected, again = ([t for part in evaluate(case, function, other) for t in part] for _ in range(2))
@@ -76,7 +80,29 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
                 target.copy_(source)
         graph.replay()
         gpu.synchronize()
-    pairs = list(zip(as_tuple(graph.kept), expected, strict=True))
+    return _compared(case, list(as_tuple(graph.kept)), expected, again)
+
+
+@torch.no_grad()
+def graph_step(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
+    """The same of an optimizer: parameters, gradients and state of another step, written over those of the captured."""
+    function = family.ours(case)
+    static, other = (make_inputs(family, case, gpu.device, seed) for seed in (1, 2))
+    captured, expected, again = (function(*tensors) for tensors in (static, other, other))
+    gpu.warm(lambda: [step.run() for step in (captured, expected, again)])
+    with no_sync(gpu.device):
+        captured.run()
+    graph = gpu.capture(captured.run)
+    captured.become(expected)
+    graph.replay()
+    expected.run()
+    again.run()
+    gpu.synchronize()
+    return _compared(case, *(step.tensors() for step in (captured, expected, again)))
+
+
+def _compared(case: Case, replayed: list[Tensor], expected: list[Tensor], again: list[Tensor]) -> dict[str, Any]:
+    pairs = list(zip(replayed, expected, strict=True))
     error = max(_difference(a, b) for a, b in pairs)
     repeatable = all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
     return {"case": case.name, "error": error, "bitwise": all(torch.equal(a, b) for a, b in pairs),

@@ -184,8 +184,8 @@ def test(gate: Gate) -> Outcome:
         code, text = gate.run([*command, "--device", "cuda", "--durations=10"])
     last = next((line for line in reversed(text.splitlines()) if " in " in line or "collected" in line), "no summary")
     if code == 0 and not gate.rehearse and target == ["tests"]:
-        for path in (ROOT / "tests" / "ops").glob("test_*.py"):
-            guard.remember(path.stem.removeprefix("test_"), "cuda")
+        for family in guard.test_files():
+            guard.remember(family, "cuda")
     why = "out of time; " if code == 124 else ""
     return (PASSED if code == 0 else FAILED), why + last.strip("= "), None
 

@@ -12,11 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benchmarks" / "results" / "local" / "tests.json"
 WATCHED = ("dlkernels/**/*.py", "dlkernels/_C*", "csrc/**/*", "tests/conftest.py")
+FOLDERS = ("ops", "optim")  # of tests/
 TIMEOUT_S = 1500
 
 
+def test_files() -> dict[str, Path]:
+    """By family."""
+    paths = (path for folder in FOLDERS for path in (ROOT / "tests" / folder).glob("test_*.py"))
+    return {path.stem.removeprefix("test_"): path for path in paths}
+
+
 def test_file(family: str) -> Path:
-    return ROOT / "tests" / "ops" / f"test_{family}.py"
+    return test_files().get(family, ROOT / "tests" / FOLDERS[0] / f"test_{family}.py")
 
 
 def fingerprint(family: str, device: str) -> str:

@@ -36,10 +36,11 @@ class Case:
 
     Args:
         op: public name in dlkernels.
-        shape: of the first input: logits, activations, weights.
-        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`; of a layer the gradients for a random one).
-        reduction: of a loss; None for a layer.
-        targets: "float", "index" or "soft"; what each means is the family's business. None for a layer.
+        shape: of the first input: logits, activations, weights. What stands for many parameters: optimizers.py.
+        direction: "fwd" (under no_grad) or "fwd+bwd" (`loss.backward()`; of a layer the gradients for a random one);
+            "step" of an optimizer.
+        reduction: of a loss; None for a layer or an optimizer.
+        targets: "float", "index" or "soft"; what each means is the family's business. None as above.
         layout: "contiguous" or "channels_last", of every input that has this shape.
         options: further arguments of the op, as (name, value) pairs.
         loss_scale: the gradient that arrives at the loss, as from a GradScaler.
@@ -66,6 +67,10 @@ class Case:
     @property
     def backward(self) -> bool:
         return self.direction == "fwd+bwd"
+
+    @property
+    def steps(self) -> bool:
+        return self.direction == "step"
 
     @property
     def name(self) -> str:
@@ -126,11 +131,14 @@ class Family:
 
     Args:
         inputs: (case, device, generator) -> tensors.
-        ours, eager: case -> function of these tensors to the loss, or to the output or outputs of a layer.
+        ours, eager: case -> function of these tensors to the loss, or to the output or outputs of a layer, or to an
+            `optimizers.Step`.
         grads: how many of the tensors, from the first on, take gradients: the logits of a loss, a layer's input and
             parameters. None: all.
         draws: further inputs for the check against float64 only: what a random op draws by itself when it is timed.
-        bytes_fwd, bytes_bwd: minimal bytes of each direction, the `Traffic` lines of the kernels.
+        bytes_fwd, bytes_bwd: minimal bytes of each direction, the `Traffic` lines of the kernels; those of a step are
+            bytes_fwd.
+        compiles: whether torch.compile of eager is a candidate.
     """
 
     name: str
@@ -147,12 +155,14 @@ class Family:
     traffic_cases: Sequence[Case] = ()  # one large per kernel: ncu
     grads: Callable[[Case], int | None] = lambda case: 1
     draws: Callable[[Case, str, torch.Generator], tuple[Tensor, ...]] = lambda case, device, generator: ()
+    compiles: bool = True
 
     def bytes(self, case: Case) -> int:
         return self.bytes_fwd(case) + (self.bytes_bwd(case) if case.backward else 0)
 
     def selected(self, device: str = "cpu", full: bool = FULL) -> list[Case]:
-        return [*self.cases, *(self.gpu_cases if device == "cuda" else ()), *(self.full_cases if full else ())]
+        gpu_cases = self.gpu_cases if device == "cuda" else ()
+        return list(dict.fromkeys([*self.cases, *gpu_cases, *(self.full_cases if full else ())]))
 
 
 def generator(device: str, seed: int = 0) -> torch.Generator:
@@ -181,6 +191,11 @@ def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]
     A layer hands its gradients to the layers around it: they are not accumulated, which would copy one that is passed
     through, such as a residual's.
     """
+    if case.steps:
+        runs = [function(*tensors).run for tensors in sets]
+        for run in runs:
+            run()  # makes the state, which no graph may
+        return lambda i: runs[i]()
     if not case.backward:
 
         def forward(i: int) -> Any:
@@ -215,7 +230,7 @@ def candidates_for(
     eager = family.eager(case)
     functions: dict[str, Function] = {"eager": eager}
     absent = {}
-    if compile:
+    if compile and family.compiles:
         torch._dynamo.reset()
         functions["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
     functions[OURS] = family.ours(case)

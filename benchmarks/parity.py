@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from harness import Case, Family
 
 OURS = "dlkernels"
+STEPS = (1.0, -2.0, 4.0)  # the gradients of each step, as multiples of the given ones: exact in half precision
 Function = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
 
@@ -41,7 +43,12 @@ def upstream(case: Case, outputs: Tensors, seed: int = 99) -> list[Tensor | None
 
 
 def evaluate(case: Case, function: Function, tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """The outputs, and the gradients of the tensors that require them (none for a forward pass alone)."""
+    """The outputs, and the gradients of the tensors that require them (none for a forward pass alone).
+
+    Of an optimizer: the parameters, master copies and averages after some steps.
+    """
+    if case.steps:
+        return _after_steps(function, tensors), ()
     tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
     with torch.set_grad_enabled(case.backward):
         outputs = as_tuple(function(*tensors))
@@ -50,6 +57,18 @@ def evaluate(case: Case, function: Function, tensors: Tensors) -> tuple[Tensors,
         wanted = [t for t in tensors if t.requires_grad]
         grads = torch.autograd.grad(outputs, wanted, upstream(case, outputs))
     return tuple(out.detach() for out in outputs), grads
+
+
+def _after_steps(function: Function, tensors: Tensors) -> Tensors:
+    with torch.no_grad():
+        step = function(*tensors)
+        for factor in STEPS:
+            step.load(factor)
+            step.run()
+        results = step.results()
+    del step
+    gc.collect()  # torch's optimizers are in cycles
+    return results
 
 
 def in_float64(tensors: Tensors) -> Tensors:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import report
 
 matplotlib.use("Agg")
 
@@ -13,8 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 OURS = "dlkernels"
-COLORS = {OURS: "#d1495b", "compile": "#6b9ac4", "eager": "#8d99ae"}
-MARKERS = {"eager": "x", "compile": "s", OURS: "o"}
+COLORS = {OURS: "#d1495b", "compile": "#6b9ac4", report.FUSED: "#6b9ac4", "eager": "#8d99ae"}
+MARKERS = {"eager": "x", "compile": "s", report.FUSED: "s", OURS: "o"}
+LABELS = {"compile": "torch.compile"}
+PANELS = {"fwd+bwd": "forward + backward", "fwd": "forward, no_grad", "step": "one step"}
 GRID = "#e5e7eb"
 
 
@@ -41,7 +44,8 @@ def draw(doc: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
-    """Bars: how many times faster than eager PyTorch, compiled and ours; eager is the line at 1."""
+    """Bars: how many times faster than eager PyTorch (the line at 1), compiled (or torch's fused step) and ours."""
+    base = report.second(records)
     lines: list[dict[str, Any] | str] = []
     for record in records:
         if not lines or record["op"] != next(r["op"] for r in reversed(lines) if isinstance(r, dict)):
@@ -52,7 +56,7 @@ def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> No
     for y, line in enumerate(lines):
         if isinstance(line, str):
             continue
-        for name, offset in ((OURS, -0.2), ("compile", 0.2)):
+        for name, offset in ((OURS, -0.2), (base, 0.2)):
             ratio = line["candidates"].get(name, {}).get("x_eager")
             if ratio is None:
                 continue
@@ -72,9 +76,7 @@ def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> No
             )
     axes.axvline(1, color="#374151", linewidth=1.2)
     axes.set_xscale("log", base=2)
-    ratios = [
-        c["x_eager"] for r in records for n, c in r["candidates"].items() if n in (OURS, "compile") and "x_eager" in c
-    ]
+    ratios = [c["x_eager"] for r in records for n, c in r["candidates"].items() if n in (OURS, base) and "x_eager" in c]
     axes.set_xlim(min(0.5, min(ratios) / 1.5), widest * 1.4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -99,9 +101,9 @@ def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> No
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("times faster than eager PyTorch (line at 1x); below 1x is slower")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in (OURS, "compile")]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[n]) for n in (OURS, base)]
     axes.legend(
-        handles, ["dlkernels", "torch.compile"], loc="lower right", frameon=True, framealpha=0.95, edgecolor=GRID
+        handles, [OURS, LABELS.get(base, base)], loc="lower right", frameon=True, framealpha=0.95, edgecolor=GRID
     )
     axes.set_title(f"{doc['device']['name']}, torch {doc['environment']['torch']}", loc="left", color="#374151")
     figure.savefig(path, dpi=130)
@@ -110,10 +112,12 @@ def _speed(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> No
 
 def _bandwidth(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
     """Points: minimal bytes of a case over its time, against what a plain copy of as many bytes reaches here."""
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="constrained")
-    for axes, direction, title in zip(
-        panels, ("fwd+bwd", "fwd"), ("forward + backward", "forward, no_grad"), strict=True
-    ):
+    directions = ["step"] if any(r["direction"] == "step" for r in records) else ["fwd+bwd", "fwd"]
+    size = (5.25 * len(directions), 4.4)
+    figure, panels = plt.subplots(1, len(directions), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    panels = panels[0]
+    drawn = [name for name in MARKERS if name in ("eager", report.second(records), OURS)]
+    for axes, direction in zip(panels, directions, strict=True):
         chosen = [r for r in records if r["direction"] == direction]
         curve = [
             [64, doc["copy"]["curve"][0][1] * 64 / doc["copy"]["curve"][0][0]],
@@ -122,9 +126,9 @@ def _bandwidth(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -
         axes.plot(*zip(*curve, strict=True), color="#111827", linewidth=1.6, label="copy of as many bytes", zorder=1)
         axes.fill_between([c[0] for c in curve], [c[1] for c in curve], 1e-3, color="#111827", alpha=0.04, linewidth=0)
         for record in chosen:
-            ends = [record["candidates"][n]["gbps"] for n in MARKERS if "gbps" in record["candidates"].get(n, {})]
+            ends = [record["candidates"][n]["gbps"] for n in drawn if "gbps" in record["candidates"].get(n, {})]
             axes.plot([record["bytes"]] * 2, [min(ends), max(ends)], color="#d1d5db", linewidth=0.8, zorder=1)
-        for name, marker in MARKERS.items():
+        for name in drawn:
             points = [
                 (r["bytes"], r["candidates"][name]["gbps"]) for r in chosen if "gbps" in r["candidates"].get(name, {})
             ]
@@ -132,17 +136,17 @@ def _bandwidth(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -
                 ours = name == OURS
                 axes.scatter(
                     *zip(*points, strict=True),
-                    marker=marker,
+                    marker=MARKERS[name],
                     s=34 if ours else 20,
                     color=COLORS[name],
                     zorder=3 if ours else 2,
                     alpha=0.95 if ours else 0.8,
-                    label={"compile": "torch.compile"}.get(name, name),
+                    label=LABELS.get(name, name),
                     linewidths=1,
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_title(title, loc="left", color="#374151")
+        axes.set_title(PANELS[direction], loc="left", color="#374151")
         axes.set_xlabel("minimal bytes of the case")
         axes.xaxis.set_major_formatter(FuncFormatter(_size))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -155,7 +159,7 @@ def _bandwidth(doc: dict[str, Any], records: list[dict[str, Any]], path: Path) -
     for axes in panels:
         axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
     panels[0].set_ylabel("GB/s over minimal bytes")
-    panels[1].legend(loc="lower right", frameon=True, framealpha=0.95, edgecolor=GRID)
+    panels[-1].legend(loc="lower right", frameon=True, framealpha=0.95, edgecolor=GRID)
     figure.suptitle(
         f"{doc['device']['name']}, torch {doc['environment']['torch']}", x=0.01, ha="left", fontsize=10, color="#374151"
     )

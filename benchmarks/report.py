@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "dlkernels"
+FUSED = "torch fused"
 Record = dict[str, Any]
 
 # The document ---------------------------------------------------------------------------------------------------------
@@ -166,7 +167,17 @@ HEADER = [
 ]
 
 
-def row(record: Record, key: str = "time_us") -> list[str]:
+def second(records: list[Record]) -> str:
+    """Whom the table shows beside eager: compiled code, or torch's fused step where there is nothing to compile."""
+    names = {name for record in records for name in record["candidates"]}
+    return FUSED if FUSED in names and "compile" not in names else "compile"
+
+
+def header(base: str) -> list[str]:
+    return [word.replace("compile", base) for word in HEADER]
+
+
+def row(record: Record, key: str = "time_us", base: str = "compile") -> list[str]:
     """One line of the table; the last field says what is wrong with it, if anything."""
     name = f"{record['name']}"
     if record["refused"]:
@@ -179,8 +190,8 @@ def row(record: Record, key: str = "time_us") -> list[str]:
     )
     peaks = f"{_bytes(ours.get('peak_bytes'))} / {_bytes(time_of(record, 'eager', 'peak_bytes'))}"
     beaten = slower_than(record, key)
-    times = [_time(time_of(record, n, key)) for n in ("eager", "compile", OURS)]
-    return [name, *times, *rate, _ratio(record, "eager", key), _ratio(record, "compile", key), peaks,
+    times = [_time(time_of(record, n, key)) for n in ("eager", base, OURS)]
+    return [name, *times, *rate, _ratio(record, "eager", key), _ratio(record, base, key), peaks,
             f"slower than {', '.join(beaten)}" if beaten else ""]  # fmt: skip
 
 
@@ -193,7 +204,7 @@ def conclusion(doc: dict[str, Any]) -> str:
     records = [r for r in doc["records"] if not r["refused"]]
     refused = len(doc["records"]) - len(records)
     parts = [f"{len(records)} cases"] + ([f"{refused} REFUSED"] if refused else [])
-    for base in ("eager", "compile"):
+    for base in ("eager", second(records)):
         mean = geomean(records, base)
         if mean is not None:
             parts.append(f"{mean:.2f}x {base} (geometric mean)")
@@ -228,7 +239,7 @@ def machine(doc: dict[str, Any]) -> str:
 def peers(doc: dict[str, Any]) -> list[str]:
     """What other packages did, one line each: geometric mean over the cases they do, or why they are absent."""
     records = [r for r in doc["records"] if not r["refused"]]
-    names = {n for r in records for n in r["candidates"]} - {"eager", "compile", OURS}
+    names = {n for r in records for n in r["candidates"]} - {"eager", second(records), OURS}
     lines = []
     for name in sorted(names):
         count, mean = sum(name in r["candidates"] for r in records), geomean(records, name)
@@ -247,7 +258,8 @@ def show(doc: dict[str, Any]) -> None:
     tables = [("time_us", "device time" if doc["device"]["kind"] == "cuda" else "")]
     tables += [("latency_us", "call latency, without a graph")] if doc["device"]["kind"] == "cuda" else []
     for key, title in tables:
-        _show_rows([row(r, key) for r in doc["records"]], title)
+        base = second(doc["records"])
+        _show_rows(header(base), [row(r, key, base) for r in doc["records"]], title)
     print(conclusion(doc))
     for why in sorted({r["refused"] for r in doc["records"] if r["refused"]}):
         print(f"REFUSED: {why}")
@@ -255,11 +267,11 @@ def show(doc: dict[str, Any]) -> None:
         print("peers, time of theirs over ours: " + "; ".join(names))
 
 
-def _show_rows(rows: list[list[str]], title: str) -> None:
+def _show_rows(header: list[str], rows: list[list[str]], title: str) -> None:
     if importlib.util.find_spec("rich") is None:
-        widths = [max(len(r[i]) for r in [HEADER, *rows]) for i in range(len(HEADER))]
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
         print(*([title] if title else []), sep="\n")
-        for line in [HEADER, *rows]:
+        for line in [header, *rows]:
             print(
                 "  ".join(
                     cell.ljust(w) if i == 0 else cell.rjust(w)
@@ -270,14 +282,14 @@ def _show_rows(rows: list[list[str]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(range(len(HEADER)))
+    columns = list(range(len(header)))
     wide = Console(width=400)
     console = Console() if sys.stdout.isatty() else wide
     for drop in ((), (8,), (4, 5), (6,)):  # a narrow terminal loses peak memory first, then bandwidth
         columns = [i for i in columns if i not in drop]
         table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
         for i in columns:
-            table.add_column(HEADER[i], justify="left" if i in (0, len(HEADER) - 1) else "right", no_wrap=True)
+            table.add_column(header[i], justify="left" if i in (0, len(header) - 1) else "right", no_wrap=True)
         previous = ""
         for cells in rows:
             op, _, rest = cells[0].partition(" ")
@@ -302,8 +314,9 @@ def markdown(doc: dict[str, Any], directory: Path | None = None) -> str:
         if key == "latency_us" and doc["device"]["kind"] != "cuda":
             continue
         lines += [title, ""] if title else []
-        lines += ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
-        lines += ["| " + " | ".join(row(r, key)) + " |" for r in doc["records"]] + [""]
+        base = second(doc["records"])
+        lines += ["| " + " | ".join(header(base)) + " |", "|---|" + "---:|" * (len(HEADER) - 2) + "---|"]
+        lines += ["| " + " | ".join(row(r, key, base)) + " |" for r in doc["records"]] + [""]
     if names := peers(doc):
         lines += ["Other packages, their time over ours: " + "; ".join(names) + ".", ""]
     return "\n".join(lines)

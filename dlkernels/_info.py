@@ -9,6 +9,7 @@ import torch
 
 from . import _backend
 from ._library import MUTATIONS, OPS
+from .optim._runners import FAMILIES
 
 
 def build_info() -> dict[str, Any]:
@@ -19,11 +20,12 @@ def build_info() -> dict[str, Any]:
         `python`, `cpu` (architecture, the instruction set that torch uses, threads), `cpp` (None, or what the extension
         was built with: torch, compiler, instruction sets and the one in use, CUDA architectures), `cpp_missing`,
         `triton` (version or the reason why not), `triton_missing`, `cuda_device`, `cuda_capability`, `forced`, and
-        `ops`: {op: {device: {"backend": name, "why": reason or ""}}}.
+        `ops`: {op: {device: {"backend": name, "why": reason or ""}}}; `adamw` and `sgdw` are the optimizers' steps.
     """
     from . import __version__
 
     missing = _backend.triton_missing()
+    names = sorted([*OPS, *MUTATIONS, *FAMILIES])
     cuda = torch.cuda.is_available()
     return {
         "dlkernels": __version__,
@@ -42,7 +44,7 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "cuda_capability": ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None,
         "forced": _backend.state.forced,
-        "ops": {name: {device: _active(device) for device in ("cpu", "cuda")} for name in sorted([*OPS, *MUTATIONS])},
+        "ops": {name: {device: _active(device) for device in ("cpu", "cuda")} for name in names},
     }
 
 

@@ -21,11 +21,13 @@ BENCHMARKS = ROOT / "benchmarks"
 SAMPLES = Path(__file__).parent / "benchmark_samples"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_adamw  # noqa: E402
 import bench_center_loss  # noqa: E402
 import bench_focal_loss  # noqa: E402
 import bench_gccs_loss  # noqa: E402
 import bench_group_norm  # noqa: E402
 import bench_region_biased_loss  # noqa: E402
+import bench_sgdw  # noqa: E402
 import bench_squeeze_excite  # noqa: E402
 import bench_stochastic_depth  # noqa: E402
 import bench_weight_norm  # noqa: E402
@@ -41,7 +43,7 @@ DECLARED = [*FAMILY.cases, *FAMILY.full_cases, *FAMILY.gpu_cases, *FAMILY.gate_c
 LAYERS = [bench.FAMILY for bench in (bench_group_norm, bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth)]
 CENTERS, GCCS = bench_center_loss.FAMILY, bench_gccs_loss.FAMILY
 REGIONS = bench_region_biased_loss.FAMILY
-FAMILIES = [FAMILY, CENTERS, GCCS, REGIONS, *LAYERS]
+FAMILIES = [FAMILY, CENTERS, GCCS, REGIONS, *LAYERS, bench_adamw.FAMILY, bench_sgdw.FAMILY]
 GROUPS = ("cases", "full_cases", "gpu_cases", "gate_cases", "traffic_cases")
 needs_plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 

@@ -27,6 +27,7 @@ FORCING = ("DLKERNELS_BACKEND", "TRITON_INTERPRET")
 LOSSES = ("sigmoid_focal_loss", "softmax_focal_loss", "cross_entropy", "region_biased_loss", "gccs_loss")
 CENTERS = ("center_loss", "sparse_center_loss", "island_loss", "update_centers_")
 LAYERS = ("group_norm", "squeeze_excite", "weight_norm", "stochastic_depth")
+OPTIMIZERS = ("adamw", "sgdw")
 
 
 def cli(*arguments: str, before: str = "", timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -55,7 +56,7 @@ def test_info() -> None:
     for text in (f"torch       {torch.__version__}", "python", "extension", "triton", "Active backend"):
         assert text in result.stdout
     assert "softmax_focal_loss (fwd, bwd)" in result.stdout and "no CUDA device is visible" in result.stdout
-    for op in LAYERS:
+    for op in (*LAYERS, *OPTIMIZERS):
         assert op in result.stdout
 
 
@@ -81,7 +82,7 @@ def test_check() -> None:
     result = cli("check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"PASS: {3 * len(CASES)} cases, 0 failures" in result.stdout
-    for op in (*LOSSES, *CENTERS, *LAYERS):
+    for op in (*LOSSES, *CENTERS, *LAYERS, *OPTIMIZERS):
         assert op in result.stdout
 
 
@@ -339,7 +340,8 @@ def test_demo_quick(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for text in (
         "The network before training", "Training: eager and fused", "Time of forward + backward",
-        "sigmoid focal, 1M elements", "GroupNorm + SiLU, 8 x 256 x 28 x 28", "weight norm, 512 x 4608", "PASS",
+        "sigmoid focal, 1M elements", "GroupNorm + SiLU, 8 x 256 x 28 x 28", "weight norm, 512 x 4608",
+        "The optimizer before training", "AdamW, 300 tensors of 256", "PASS",
     ):  # fmt: skip
         assert text in result.stdout, text
     assert "not held to its threshold" in result.stdout
@@ -432,6 +434,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("profile", "group_norm", "--shape", "5"), "--shape must have at least 2 dimensions, got 5"),
         (("profile", "weight_norm", "--reduction", "sum"), "weight_norm has neither"),
         (("profile", "group_norm", "--shape", "2,8", "--layout", "channels_last"), "needs four or five dimensions"),
+        (("profile", "adamw", "--layout", "channels_last"), "adamw has none"),
+        (("profile", "sgdw", "--shape", "0"), "expected sizes of at least 1"),
         (("check", "--device", "cuda"), "no CUDA device is visible"),
         (("demo", "--steps", "0"), "--steps must be at least 1"),
     ],

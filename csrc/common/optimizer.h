@@ -7,9 +7,9 @@
 
 namespace dlkernels {
 
-constexpr int kSlots = 3;                 // moments of one parameter at most
-constexpr int64_t kPiece = 16384;         // elements of a parameter that one task takes: 5 arrays of it stay in L2
-constexpr int64_t kRandomsPerBlock = 8;   // 16-bit random numbers of one Philox block
+constexpr int kSlots = 3;                // moments of one parameter at most
+constexpr int64_t kPiece = 16384;        // elements of a parameter that one task takes: 5 arrays of it stay in L2
+constexpr int64_t kRandomsPerBlock = 8;  // 16-bit random numbers of one Philox block
 
 // One parameter of one step. Everything is dense and of the parameter's memory layout.
 struct StepTensor {

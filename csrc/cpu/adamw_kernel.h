@@ -8,9 +8,9 @@
 namespace dlkernels {
 
 struct AdamWScalars {
-  double multiplier;            // of the gradient: unscaling, clipping, and -1 to maximize
-  double keep;                  // 1 - decay
-  double step_size;             // lr / (1 - beta1^t)
+  double multiplier;  // of the gradient: unscaling, clipping, and -1 to maximize
+  double keep;        // 1 - decay
+  double step_size;   // lr / (1 - beta1^t)
   double beta1, beta2, eps;
   double inv_sqrt_correction2;  // 1 / sqrt(1 - beta2^t)
   double average_decay;

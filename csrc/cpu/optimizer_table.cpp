@@ -1,8 +1,8 @@
 // One call per optimizer step for all parameters: a table of pointers that is made once, and looked over at each step.
 //
-// Python (dlkernels/optim/_plan.py) checks everything and makes the table. `refresh` then says whether all is as it was:
-// the same parameters in the same groups, the same state tensors at the same addresses, gradients of the same kind for
-// the same sets of parameters. It takes the addresses of the gradients; where anything differs, Python plans anew.
+// Python (dlkernels/optim/_plan.py) checks everything and makes the table. `refresh` then says whether all is as it
+// was: the same parameters in the same groups, the same state tensors at the same addresses, gradients of the same kind
+// for the same sets of parameters. It takes the addresses of the gradients; where anything differs, Python plans anew.
 #include "optimizer_table.h"
 
 #include <pybind11/stl.h>
@@ -32,6 +32,8 @@ struct Item {
   StepTensor tensor;
   int64_t norm_set;
   bool present = true;
+  c10::DispatchKeySet grad_keys;  // of the gradient that was checked: layout, device and the like in one number
+  const void* last_grad;          // where the last one's metadata lay: only ever prefetched
 };
 
 // A run of elements of one item: what a thread takes at a time.
@@ -51,9 +53,8 @@ void* writable(const at::Tensor& x) {
   return address_of(x);
 }
 
-void prefetch_tensor(const at::Tensor& x) {
-  const char* impl = reinterpret_cast<const char*>(x.unsafeGetTensorImpl());
-  for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(impl + at);
+void prefetch_impl(const void* impl) {
+  for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) __builtin_prefetch(static_cast<const char*>(impl) + at);
 }
 
 class OptimizerTable {
@@ -75,9 +76,16 @@ class OptimizerTable {
     cut();
   }
 
-  // Remember whose parameters and which state this is, for `refresh`.
+  // Remember whose parameters, which state and what kind of gradients this is, for `refresh`.
   void watch(const py::list& param_groups, const py::dict& state) {
     groups_.clear(), state_.clear();
+    for (Item& item : items_) {
+      const at::Tensor& grad = owners_[item.owner].tensor.grad();
+      const auto keys = grad.key_set();
+      const bool plain = grad.layout() == at::kStrided && !keys.has(at::DispatchKey::Python) &&
+                         !keys.has(at::DispatchKey::Negative) && !keys.has(at::DispatchKey::ZeroTensor);
+      item.grad_keys = plain ? keys : c10::DispatchKeySet();  // which no gradient has
+    }
     for (const py::handle group : param_groups) {
       PyObject* params = PyDict_GetItemString(group.ptr(), "params");
       groups_.push_back(PyList_GET_SIZE(params));
@@ -92,8 +100,8 @@ class OptimizerTable {
   bool refresh(const py::list& param_groups, const py::dict& state) {
     if (!same_groups(param_groups.ptr())) return false;
     size_t at = 0;
-    const bool same = walk_state(
-        state.ptr(), [&](PyObject* object) { return at < state_.size() && state_[at++] == object; });
+    const bool same =
+        walk_state(state.ptr(), [&](PyObject* object) { return at < state_.size() && state_[at++] == object; });
     return same && at == state_.size() && take_grads();
   }
 
@@ -219,9 +227,9 @@ class OptimizerTable {
   bool take_grads() {
     bool changed = false;
     for (size_t i = 0; i < owners_.size(); ++i) {
-      if (i + 8 < owners_.size()) prefetch_tensor(owners_[i + 8].tensor);
+      prefetch(i + 8);
       const Owner& owner = owners_[i];
-      const at::Tensor& grad = owner.tensor.grad();
+      const at::Tensor& grad = owner.tensor.unsafeGetTensorImpl()->grad();
       if (owner.item < 0) {
         if (grad.defined()) return false;
         continue;
@@ -232,6 +240,7 @@ class OptimizerTable {
       if (!item.present) continue;
       if (!same_kind(item, owner.tensor, grad)) return false;
       item.tensor.grad = address_of(grad);
+      item.last_grad = grad.unsafeGetTensorImpl();
     }
     if (changed) {
       std::vector<int64_t> present(counters_.size(), 0);
@@ -245,21 +254,29 @@ class OptimizerTable {
   }
 
   static bool same_shape(const at::Tensor& a, const at::Tensor& b) {
-    return a.sizes() == b.sizes() && (a.strides() == b.strides() || a.numel() <= 1);
+    if (a.sizes() != b.sizes()) return false;
+    return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides() || a.numel() <= 1;
   }
 
   static bool same_kind(const Item& item, const at::Tensor& owner, const at::Tensor& grad) {
-    if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type() ||
-        !same_shape(owner, item.param))
-      return false;
+    if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
     for (size_t i = 0; i < item.others.size(); ++i)
       if (address_of(item.others[i]) != item.pointers[i]) return false;
-    const auto keys = grad.key_set();
-    if (grad.layout() != at::kStrided || keys.has(at::DispatchKey::Python) || keys.has(at::DispatchKey::Negative) ||
-        keys.has(at::DispatchKey::ZeroTensor))
-      return false;
-    return grad.scalar_type() == item.param.scalar_type() && grad.device() == item.param.device() &&
-           same_shape(grad, item.param);
+    return grad.key_set() == item.grad_keys && grad.scalar_type() == item.param.scalar_type() &&
+           same_shape(owner, item.param) && same_shape(grad, item.param);
+  }
+
+  // The metadata of a parameter, its gradient and its state: they are spread over memory, and a step ago in the cache.
+  void prefetch(size_t i) const {
+    if (i >= owners_.size()) return;
+    prefetch_impl(owners_[i].tensor.unsafeGetTensorImpl());
+    if (owners_[i].item < 0) return;
+    const Item& item = items_[owners_[i].item];
+    prefetch_impl(item.last_grad);
+    for (const at::Tensor& other : item.others) {
+      const auto* impl = other.unsafeGetTensorImpl();
+      __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+    }
   }
 
   // The pieces of the items that are present.

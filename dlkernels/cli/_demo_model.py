@@ -5,6 +5,7 @@ A block is conv, GroupNorm and SiLU, conv, GroupNorm, squeeze-and-excitation, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ LEARNING_RATE = 2e-3
 GROUPS, REDUCTION = 8, 4
 STEM, STAGES = 32, ((32, 1), (64, 2), (96, 2))  # (channels, stride) of each block
 DROP = 0.2  # of the last block; linear over the blocks
-FLOAT64 = 1e-12  # what the order of sums may change over a whole network
+OPTIMIZER_STEPS = 20  # compared before training
+FLOAT64 = 1e-12  # what the order of sums may change over a whole network, or over these steps
 
 # Layers, eager and fused ----------------------------------------------------------------------------------------------
 
@@ -119,8 +121,9 @@ def make_model(device: str, kind: str) -> nn.Module:
     return model.to(device)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    use = dk.optim.AdamW if kind == "fused" else torch.optim.AdamW
+    return use(model.parameters(), lr=LEARNING_RATE)
 
 
 # Parity of the whole network ------------------------------------------------------------------------------------------
@@ -153,12 +156,14 @@ def compare_models(x: Tensor, y: Tensor) -> list[ModelParity]:
         for dtype in (torch.float64, torch.float32) if cpu else (torch.float32,):
             fused = outcome("fused", mode, x.to(dtype), y)
             eager = exact if dtype == torch.float64 else outcome("eager", mode, x.to(dtype), y)
-            parts = []
-            for e, f, p in zip(exact, fused, eager, strict=True):
-                allowed = FLOAT64 if dtype == torch.float64 else error_budget(e, p, dtype)
-                parts.append(Parity(relative_error(f, e), relative_error(p, e), allowed))
-            found.append(ModelParity(mode, dtype, *parts))
+            found.append(ModelParity(mode, dtype, *map(_parity, exact, fused, eager)))
     return found
+
+
+def _parity(exact: Tensor, fused: Tensor, eager: Tensor) -> Parity:
+    allowed = FLOAT64 if fused.dtype == torch.float64 else error_budget(exact, eager, fused.dtype)
+    finite = torch.equal(torch.isfinite(fused), torch.isfinite(exact))
+    return Parity(relative_error(fused, exact) if finite else math.inf, relative_error(eager, exact), allowed)
 
 
 def outcome(kind: str, mode: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,3 +173,43 @@ def outcome(kind: str, mode: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     logits = model(x)
     grads = torch.autograd.grad(F.cross_entropy(logits, y), list(model.parameters()))
     return logits.detach(), torch.cat([g.flatten() for g in grads])
+
+
+# Parity of the optimizer ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimizerParity:
+    """Errors of all parameters after OPTIMIZER_STEPS fused steps, against the eager ones in float64."""
+
+    dtype: torch.dtype
+    parameters: Parity
+
+    @property
+    def failed(self) -> bool:
+        return self.parameters.ratio > 1
+
+
+def compare_optimizers(device: str) -> list[OptimizerParity]:
+    """Both optimizers on this network's parameters, with the same gradients; bounds as for the networks."""
+    exact = stepped("eager", device, torch.float64)
+    found = []
+    for dtype in (torch.float64, torch.float32) if device == "cpu" else (torch.float32,):
+        eager = exact if dtype == torch.float64 else stepped("eager", device, dtype)
+        found.append(OptimizerParity(dtype, _parity(exact, stepped("fused", device, dtype), eager)))
+    return found
+
+
+def stepped(kind: str, device: str, dtype: torch.dtype) -> Tensor:
+    """The parameters after steps with random gradients, as one vector.
+
+    Each element's gradients have a size of their own, from 1e-9 to 10: among the small ones eps decides.
+    """
+    model = make_model(device, kind).to(dtype)
+    optimizer, generator = make_optimizer(model, kind), torch.Generator().manual_seed(SEED)
+    sizes = [10 ** (1 - 10 * torch.rand(p.shape, generator=generator)) for p in model.parameters()]
+    for _ in range(OPTIMIZER_STEPS):
+        for p, size in zip(model.parameters(), sizes, strict=True):
+            p.grad = (size * torch.randn(p.shape, generator=generator)).to(p)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

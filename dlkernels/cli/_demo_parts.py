@@ -102,13 +102,13 @@ class Run:
 
 
 def train(loss: Loss, kind: str, data: Data, steps: int, on_step: Callable[[], None]) -> Run:
-    """Train a network of this kind with a loss of this kind, from the same weights and draws, over the same batches.
+    """Train a network of this kind with a loss and an optimizer of this kind: same weights, draws and batches.
 
     The eager run compares both losses at every step.
     """
     device = data.train_x.device.type
     run, model = Run(loss, kind), make_model(device, kind)
-    optimizer, function = make_optimizer(model), getattr(loss, kind)
+    optimizer, function = make_optimizer(model, kind), getattr(loss, kind)
     generator = torch.Generator().manual_seed(SEED)
     torch.manual_seed(SEED)  # for the rows that stochastic depth drops
     count = min(EVALUATIONS, max(1, steps // 8))  # a short run is not spent on the test set
@@ -156,7 +156,7 @@ def recall(model: nn.Module, data: Data) -> list[float]:
 def training_step(data: Data, loss: Loss, kind: str) -> Callable[[], None]:
     """A step to call again and again, on one batch; ranges for the profiler around its parts."""
     model = make_model(data.train_x.device.type, kind)
-    optimizer, function = make_optimizer(model), getattr(loss, kind)
+    optimizer, function = make_optimizer(model, kind), getattr(loss, kind)
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     mark = torch.profiler.record_function
 
@@ -168,7 +168,6 @@ def training_step(data: Data, loss: Loss, kind: str) -> Callable[[], None]:
             value = function(logits, y)
         with mark("backward"):
             value.backward()
-        with mark("optimizer"):
-            optimizer.step()
+        optimizer.step()  # marks itself
 
     return step

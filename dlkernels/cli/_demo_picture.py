@@ -14,7 +14,7 @@ FULL = 112  # where a bar that is slower than eager is cut off
 STYLES = {"eager": {"linewidth": 4.5, "alpha": 0.3}, "fused": {"linewidth": 1.4, "linestyle": "--"}}
 
 
-def draw(models: list[Any], runs: list[Any], timings: list[Any], out: Path) -> Path:
+def draw(models: list[Any], optimizers: list[Any], runs: list[Any], timings: list[Any], out: Path) -> Path:
     """Write demo.png into the folder `out`."""
     import matplotlib
 
@@ -26,7 +26,7 @@ def draw(models: list[Any], runs: list[Any], timings: list[Any], out: Path) -> P
     grid = figure.add_gridspec(3, 2, width_ratios=(1, 1.25), height_ratios=(1, 1, 0.8))
     _curves(figure.add_subplot(grid[0, 0]), [r for r in runs if r.loss.name == runs[0].loss.name])
     _accuracy(figure.add_subplot(grid[1, 0]), runs)
-    _budgets(figure.add_subplot(grid[2, 0]), models, runs)
+    _budgets(figure.add_subplot(grid[2, 0]), models, optimizers, runs)
     _times(figure.add_subplot(grid[:, 1]), timings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "demo.png"
@@ -63,13 +63,16 @@ def _accuracy(axes: Any, runs: list[Any]) -> None:
                 "The rarest class has a dozen training images.")  # fmt: skip
 
 
-def _budgets(axes: Any, models: list[Any], runs: list[Any]) -> None:
+def _budgets(axes: Any, models: list[Any], optimizers: list[Any], runs: list[Any]) -> None:
     """What share of its error budget each comparison has used."""
     shares = [
         (f"network, {each.mode}: {what}", parity.ratio)
         for each in models
         if str(each.dtype) == "torch.float32"
         for what, parity in (("output", each.output), ("gradient", each.gradient))
+    ]
+    shares += [
+        ("optimizer: parameters", each.parameters.ratio) for each in optimizers if str(each.dtype) == "torch.float32"
     ]
     shares += [
         (f"{run.loss.name}: {what}", run.parity[what][1].ratio)
@@ -88,11 +91,11 @@ def _budgets(axes: Any, models: list[Any], runs: list[Any]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_title("Error against float64, % of its budget", loc="left", fontweight="bold")
     _note(axes, "Budget: twice the error of plain PyTorch plus 4 units in the last place (8 for a loss).\n"
-                "The network before training; the losses at the worst of all steps.")  # fmt: skip
+                "Network and optimizer before training; the losses at the worst of all steps.")  # fmt: skip
 
 
 def _times(axes: Any, timings: list[Any]) -> None:
-    """One bar per case, losses, layers and the step apart from each other."""
+    """One bar per case; losses, layers, optimizers and the step apart from each other."""
     rows, row, previous = [], 0.0, timings[0].kind
     for timing in timings:
         row += GAP if timing.kind != previous else 0
@@ -102,9 +105,10 @@ def _times(axes: Any, timings: list[Any]) -> None:
     for row, timing in zip(rows, timings, strict=True):
         share = 100 * timing.fused / timing.eager
         first = row == 0
+        speedup = f"{timing.speedup:.{0 if timing.speedup >= 100 else 1}f}x"
         axes.barh(row, 100, 0.62, color=EAGER, alpha=0.45, label="eager = 100 %" if first else None)
         axes.barh(row, min(share, FULL), 0.62, color=FUSED, label="fused" if first else None)
-        axes.text(max(min(share, FULL), 100) + 2, row, f"{timing.speedup:.1f}x", va="center", fontsize=12,
+        axes.text(max(min(share, FULL), 100) + 2, row, speedup, va="center", fontsize=12,
                   fontweight="bold")  # fmt: skip
         text = f"{format_time(timing.eager)}  →  {format_time(timing.fused)}"
         inside = share < 50
@@ -116,11 +120,11 @@ def _times(axes: Any, timings: list[Any]) -> None:
     axes.set_ylim(rows[-1] + 0.6, -1.2)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("% of the eager time")
-    axes.set_title("Time of forward + backward", loc="left", fontweight="bold")
+    axes.set_title("Time of forward + backward, and of optimizer steps", loc="left", fontweight="bold")
     axes.legend(frameon=False, loc="upper left", ncols=2, borderpad=0.1)
     text = (
         "Eager and fused in turns, the fastest of many rounds; CPU: one thread.\n"
-        "The step is the whole network's: convolutions and optimizer are the same on both sides."
+        "The step is the whole network's: its convolutions are the same on both sides."
     )
     _note(axes, text, below=0.055)
 

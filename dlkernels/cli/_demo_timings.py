@@ -1,4 +1,4 @@
-"""The demo's times: losses, layers, a whole training step. A later op joins in one of the two lists of cases."""
+"""The demo's times: losses, layers, optimizers, a whole training step. A later op joins in a list of cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dlkernels as dk
 
 from . import _eager
-from ._demo_model import BATCH, CLASSES, DROP, GROUPS, REDUCTION, SEED, STEM, layers
+from ._demo_model import BATCH, CLASSES, DROP, GROUPS, REDUCTION, SEED, STEM, layers, make_model, make_optimizer
 from ._demo_parts import LOSSES, Data, Loss, LossFunction, training_step
 
 
@@ -24,7 +24,7 @@ class Timing:
     name: str
     eager: float
     fused: float
-    kind: str = "loss"  # "loss", "layer" or "step"
+    kind: str = "loss"  # "loss", "layer", "optimizer" or "step"
 
     @property
     def speedup(self) -> float:
@@ -117,6 +117,32 @@ def _layer_call(module: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
         torch.autograd.grad(module(*inputs), leaves, grad_output)
 
     return call
+
+
+# Optimizers -----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_cases(device: str) -> Iterator[tuple[str, Callable[[str], nn.Module]]]:
+    """(name, parameters by kind): those of this network, and many small ones, as biases and norms are."""
+    count = len(list(make_model(device, "eager").parameters()))
+    yield f"AdamW, this network's {count} tensors", lambda kind: make_model(device, kind)
+    small = [torch.randn(256, generator=torch.Generator().manual_seed(SEED)) for _ in range(300)]
+    yield "AdamW, 300 tensors of 256", lambda kind: nn.ParameterList([t.clone() for t in small]).to(device)
+
+
+def time_optimizers(device: str, seconds: float) -> Iterator[Timing]:
+    """A step of every case, about `seconds` each; the eager optimizer with its default implementation."""
+    for name, make in optimizer_cases(device):
+        calls = (_optimizer_call(make(kind), kind) for kind in ("eager", "fused"))
+        yield Timing(name, *interleaved(*calls, seconds), kind="optimizer")
+
+
+def _optimizer_call(module: nn.Module, kind: str) -> Callable[[], None]:
+    generator = torch.Generator().manual_seed(SEED)
+    for p in module.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    optimizer = make_optimizer(module, kind)
+    return lambda: optimizer.step()
 
 
 # The step, and the clock ----------------------------------------------------------------------------------------------

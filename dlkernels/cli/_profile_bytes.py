@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import _backend
+from ..optim._base import FusedOptimizer
+from ..optim._plan import Plan
 
 
 def touched(tensor: Tensor) -> int:
@@ -25,6 +28,17 @@ def of_kept_rows(x: Tensor, noise: Tensor, residual: Tensor | None) -> int:
     kept = int(noise.count_nonzero()) / max(noise.numel(), 1)
     written = x.numel() * x.element_size()
     return round(kept * touched(x)) + touched(noise) + (0 if residual is None else touched(residual)) + written
+
+
+def of_step(plan: Plan) -> int:
+    """Gradients read, state read and written, parameters too, but only written where a master copy is read."""
+    total = 0
+    for item in (item for part in plan.parts for item in part.items):
+        param = item.param.numel() * item.param.element_size()
+        state = (t for t in (*item.slots, item.master, item.average) if t is not None)
+        total += (3 if item.master is None else 2) * param  # the gradient is as large
+        total += sum(2 * t.numel() * t.element_size() for t in state)
+    return total
 
 
 # Where the general rule (every argument and every output once, written arguments twice) is wrong.
@@ -49,7 +63,7 @@ KERNELS = {
 
 def kernel_pattern(ops: Iterable[str]) -> str:
     """A regular expression for the kernels of some ops."""
-    names = dict.fromkeys(re.sub(r"_(fwd|bwd)$", "", op) for op in ops)
+    names = dict.fromkeys(re.sub(r"_(fwd|bwd|step)$", "", op) for op in ops)
     parts = dict.fromkeys(KERNELS.get(name, name) for name in names if name != "scale_stored_grad" or len(names) == 1)
     return "|".join(parts) or "kernel"
 
@@ -81,13 +95,23 @@ class _Count(TorchDispatchMode):
             self.moved[name] = self.moved.get(name, 0) + minimum_bytes(func, args, outputs)
         return outputs
 
+    def add_step(self, optimizer: Any, *_: Any) -> None:
+        """A fused optimizer's step is no op of the dispatcher."""
+        plan = getattr(optimizer, "_plan", None)
+        if isinstance(optimizer, FusedOptimizer) and plan is not None:
+            name = f"dlkernels::{optimizer._family}_step"
+            self.moved[name] = self.moved.get(name, 0) + of_step(plan)
+
 
 def bytes_per_step(step: Callable[[], None]) -> dict[str, int]:
     """Least bytes of one step by range name, from a step whose ops all go through the dispatcher."""
-    compiled, _backend.C = _backend.C, None  # the eager C++ entries bypass it
+    fast, _backend.fast = _backend.fast, lambda: None  # the eager C++ entries bypass it
+    count = _Count()
+    hook = register_optimizer_step_post_hook(count.add_step)
     try:
-        with _Count() as count:
+        with count:
             step()
     finally:
-        _backend.C = compiled
+        hook.remove()
+        _backend.fast = fast
     return count.moved

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import dlkernels as dk
 
-from . import _center_cases, _eager, _layer_cases, _region_cases, fail, need
+from . import _center_cases, _eager, _layer_cases, _optimizer_cases, _region_cases, fail, need
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Loss -> (default shape, does it take class indices by default)
@@ -35,7 +35,8 @@ LAYERS = {
     "weight_norm": ((512, 4608), 1),
     "stochastic_depth": ((32, 256, 28, 28), 1),
 }
-OPS = (*LOSSES, *LAYERS)
+OPTIMIZERS = dict.fromkeys(_optimizer_cases.CLASSES, (300, 256))  # tensors and their shape
+OPS = (*LOSSES, *LAYERS, *OPTIMIZERS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def make_workload(args: argparse.Namespace, device: str) -> Workload:
         return _loss(args, device)
     if args.what in LAYERS:
         return _layer(args, device)
+    if args.what in OPTIMIZERS:
+        return _optimizer(args, device)
     if args.what == "demo":
         return _demo(device)
     if ":" in args.what:
@@ -126,6 +129,14 @@ def _layer(args: argparse.Namespace, device: str) -> Workload:
     inputs = (sample.x, *sample.parameters)
     name = f"{args.what} of {case.name} {args.dtype}"
     return Workload(name, *(_op_step(function, inputs) for function in (sample.fused, sample.eager)))
+
+
+def _optimizer(args: argparse.Namespace, device: str) -> Workload:
+    if args.reduction != "mean" or args.targets != "auto" or args.layout != "contiguous":
+        fail(f"--reduction, --targets and --layout are of losses and layers: {args.what} has none")
+    shape = args.shape or OPTIMIZERS[args.what]
+    name, *steps = _optimizer_cases.profiled(args.what, shape, DTYPES[args.dtype], device)
+    return Workload(f"{name}, {args.dtype}", *steps)
 
 
 def _op_step(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:

@@ -18,13 +18,15 @@ from ._center_cases import CASES as CENTER_CASES
 from ._center_cases import CenterCase
 from ._layer_cases import CASES as LAYER_CASES
 from ._layer_cases import LayerCase
+from ._optimizer_cases import CASES as OPTIMIZER_CASES
+from ._optimizer_cases import OptimizerCase
 from ._region_cases import CASES as REGION_CASES
 from ._region_cases import RegionCase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEEDS = (0, 1, 2)
-AnyCase = Case | CenterCase | RegionCase | LayerCase
-CASES: list[AnyCase] = [*LOSS_CASES, *CENTER_CASES, *REGION_CASES, *LAYER_CASES]
+AnyCase = Case | CenterCase | RegionCase | LayerCase | OptimizerCase
+CASES: list[AnyCase] = [*LOSS_CASES, *CENTER_CASES, *REGION_CASES, *LAYER_CASES, *OPTIMIZER_CASES]
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 EXAMPLES = """\
 examples:
@@ -35,7 +37,8 @@ examples:
 The budget of a result (dlkernels.testing.error_budget): its relative error against float64, in the 2-norm, may be
 twice that of plain PyTorch in the same dtype plus 4 eps of the result's dtype; 8 eps for scalar losses. Of a layer, the
 gradients of the input and of every parameter are held to it; the table shows the one that uses most of its budget.
-An update in place has no gradients: its value is the tensor that it leaves.
+An update in place has no gradients: its value is the tensor that it leaves; an optimizer's, after five steps with given
+gradients, all its parameters as one vector, or their float32 master copies.
 """
 
 

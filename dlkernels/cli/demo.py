@@ -1,4 +1,4 @@
-"""`python -m dlkernels demo`: one network, trained with eager and with fused layers and losses."""
+"""`python -m dlkernels demo`: one network, trained with eager and with fused layers, losses and optimizer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ examples:
 
 Trains a small residual network (GroupNorm, MONAI's squeeze-and-excitation, stochastic depth) on scikit-learn's digits,
 made long-tailed (class c keeps 0.75^c of its images), four times from one seed: balanced focal loss and cross entropy,
-each with layers and loss in plain PyTorch and with fused ones. The eager network's state_dict loads into the fused one.
-At the start, outputs and parameter gradients of both networks are compared with float64. At every step of the eager
-runs, both losses and their gradients are computed on the same logits and held to the error budget of dlkernels.testing.
-Exit code 1: a network or a step outside its budget, or a balanced accuracy of at most 85 %.
+each with layers, loss and AdamW of plain PyTorch and with fused ones. The eager network's state_dict loads into the
+fused one. At the start, outputs and parameter gradients of both networks are compared with float64, and so are the
+parameters after twenty steps of both optimizers with the same gradients. At every step of the eager runs, both losses
+and their gradients are computed on the same logits and held to the error budget of dlkernels.testing.
+Exit code 1: a network, an optimizer or a step outside its budget, or a balanced accuracy of at most 85 %.
 
 --features shows something else, what losses do to features: it trains small networks with cross entropy, center loss,
 island loss and GCCS loss, draws the features of the test images (features.png) and writes the numbers (features.json).
@@ -44,8 +45,8 @@ Exit code 1: center loss does not bring the features of a class together, or an 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="train a network with eager and with fused layers and losses: same results, measured times, one picture",
-        description='Shows that swapping the layers and losses changes the speed only. Needs "dlkernels[demo]".',
+        help="train a network with eager and with fused layers, losses and optimizer: same results, times, one picture",
+        description='Shows that swapping layers, losses and optimizer changes the speed only. Needs "dlkernels[demo]".',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,6 +80,7 @@ class Demo:
     out: Path
     data: Any = None
     models: list[Any] = field(default_factory=list)
+    optimizers: list[Any] = field(default_factory=list)
     runs: list[Any] = field(default_factory=list)
     timings: list[Any] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -132,7 +134,7 @@ def prepare(demo: Demo) -> None:
 
 
 def compare(demo: Demo) -> None:
-    """Both networks before training: what the layers compute."""
+    """Both networks and both optimizers before training: what layers and steps compute."""
     from . import _demo_model
 
     x, y = demo.data.train_x[: _demo_model.BATCH], demo.data.train_y[: _demo_model.BATCH]
@@ -142,6 +144,11 @@ def compare(demo: Demo) -> None:
             worst = max((each.output, each.gradient), key=lambda parity: parity.ratio)
             demo.failures.append(f"the fused network, {each.mode} in {_dtype(each)}: error {worst.error:.2e}, "
                                  f"allowed {worst.allowed:.2e}")  # fmt: skip
+    demo.optimizers = _demo_model.compare_optimizers(demo.device)
+    for each in demo.optimizers:
+        if each.failed:
+            demo.failures.append(f"the fused optimizer in {_dtype(each)}: error {each.parameters.error:.2e}, "
+                                 f"allowed {each.parameters.allowed:.2e}")  # fmt: skip
 
 
 def train(demo: Demo) -> None:
@@ -175,9 +182,10 @@ def measure(demo: Demo) -> None:
     cases = (
         timings.time_losses(demo.data, last.logits, last.labels, demo.seconds),
         timings.time_layers(demo.device, demo.seconds),
+        timings.time_optimizers(demo.device, demo.seconds),
     )
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
-        task = progress.add_task("timing losses and layers")
+        task = progress.add_task("timing losses, layers and optimizers")
         for timing in itertools.chain(*cases):
             demo.timings.append(timing)
             progress.update(task, description=f"timed {timing.name}")
@@ -185,6 +193,8 @@ def measure(demo: Demo) -> None:
 
 
 def report(demo: Demo) -> None:
+    from . import _demo_model
+
     print_table(
         "The network before training: eager and fused, same weights, same seed",
         ("mode", "dtype", ">output error", ">of budget", ">gradient error", ">of budget", "result"),
@@ -192,6 +202,12 @@ def report(demo: Demo) -> None:
          for each in demo.models],
         "Errors against eager in float64: fused (eager). The gradient is that of every parameter, as one vector.",
     )  # fmt: skip
+    print_table(
+        f"The optimizer before training: {_demo_model.OPTIMIZER_STEPS} steps of AdamW, same weights, same gradients",
+        ("dtype", ">parameters' error", ">of budget", "result"),
+        [(_dtype(each), *_shares(each.parameters), "FAIL" if each.failed else "PASS") for each in demo.optimizers],
+        "Errors against torch.optim.AdamW in float64: fused (eager); every parameter, as one vector.",
+    )
     rows = []
     for each in demo.runs:
         cells = [_parity(*each.parity[what]) if each.parity else "" for what in ("loss", "gradient")]
@@ -205,7 +221,7 @@ def report(demo: Demo) -> None:
         "Final losses differ as runs do that differ in the last bit.",
     )
     print_table(
-        "Time of forward + backward, eager and fused in turns, the fastest of many rounds (CPU: one thread)",
+        "Time of forward + backward, and of optimizer steps: in turns, the fastest of many rounds (CPU: one thread)",
         ("case", ">eager", ">fused", ">speedup"),
         [(t.name, format_time(t.eager), format_time(t.fused), f"{t.speedup:.2f}x") for t in demo.timings],
         _share(demo),
@@ -217,7 +233,7 @@ def report(demo: Demo) -> None:
 def picture(demo: Demo) -> None:
     from ._demo_picture import draw
 
-    print(f"picture  {draw(demo.models, demo.runs, demo.timings, demo.out)}")
+    print(f"picture  {draw(demo.models, demo.optimizers, demo.runs, demo.timings, demo.out)}")
 
 
 PARTS: list[Callable[[Demo], None]] = [prepare, compare, train, measure, report, picture]
@@ -237,9 +253,13 @@ def _dtype(each: Any) -> str:
 
 def _share(demo: Demo) -> str:
     step = next(t for t in demo.timings if t.kind == "step")
-    loss = demo.timings[0]
+    parts = {"loss": demo.timings[0], "optimizer": next(t for t in demo.timings if t.kind == "optimizer")}
+    eager, fused = (
+        " and ".join(f"{getattr(part, kind) / getattr(step, kind):.1%} ({name})" for name, part in parts.items())
+        for kind in ("eager", "fused")
+    )
     return (
-        f"This network is tiny and so is its loss: {loss.eager / step.eager:.1%} of the eager step, "
-        f"{loss.fused / step.fused:.1%} of the fused one. Most of the step is convolutions and the optimizer, the same "
-        "on both sides. The larger rows show what losses and layers cost at scale."
+        f"This network is tiny, and so are the shares of its loss and its optimizer: {eager} of the eager step, "
+        f"{fused} of the fused one. Most of the step is convolutions, the same on both sides. The larger rows show "
+        "what losses, layers and optimizers cost at scale."
     )

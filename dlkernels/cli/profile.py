@@ -24,6 +24,7 @@ examples:
   python -m dlkernels profile sigmoid_focal_loss --shape 1048576 --device cpu
   python -m dlkernels profile cross_entropy --shape 4096,1000 --dtype bfloat16 --eager
   python -m dlkernels profile group_norm --shape 8,256,28,28 --layout channels_last --eager
+  python -m dlkernels profile adamw --shape 300,256 --eager
   python -m dlkernels profile demo --eager
   python -m dlkernels profile my_package.models:make_model --input-shape 8,3,224,224 --device cuda
 
@@ -52,7 +53,12 @@ def add_parser(commands: Any) -> None:
     add("what", metavar="OP|MODEL",
         help=f"{', '.join(OPS)}; demo (the demo's training step); or package.module:factory, called without arguments, "
              "which returns a torch.nn.Module")  # fmt: skip
-    add("--shape", type=_shape, help="of an op's input, as 4096,1000 (classes or channels in dimension 1)")
+    add(
+        "--shape",
+        type=_shape,
+        help="of an op's input, as 4096,1000 (classes or channels in dimension 1); of "
+        "an optimizer: 300,256 is 300 tensors of 256, one number is one tensor",
+    )
     add("--input-shape", type=_shape, help="of a model's input, as 8,3,224,224")
     add("--dtype", default="float32", choices=list(DTYPES), help="of an op's tensors or a model (default: %(default)s)")
     add("--layout", default="contiguous", choices=("contiguous", "channels_last"),
@@ -188,7 +194,7 @@ def _ranges(events: Iterable[Any], root: str, device: str) -> dict[str, tuple[in
         if event.device_type != torch.autograd.DeviceType.CPU or not (event.is_user_annotation or ours):
             continue
         step = _ancestor(event, root)
-        if step is None or event.name.startswith("Optimizer."):
+        if step is None or event.name.startswith("Optimizer.zero_grad"):
             continue
         if ours and _ancestor(event.cpu_parent, event.name) is not None:
             continue  # the eager entry and the operator below it carry one name

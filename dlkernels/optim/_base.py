@@ -137,7 +137,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         decay = float(lr) * self._decay_rate(group)
         if decay >= 1:
             warnings.warn(
-                f"each step multiplies the parameters by 1 - {decay:.4g}: the weight decay of a step should be far below 1",
+                f"each step multiplies the parameters by 1 - {decay:.4g}: the decay of a step should be far below 1",
                 stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
@@ -175,8 +175,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of torch's optimizer gave.
 
-        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What is
-        missing is made from the parameters.
+        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What
+        is missing is made from the parameters.
         """
         self._refuse_while_swapped("load_state_dict()")
         super().load_state_dict(state_dict)
@@ -304,7 +304,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if not isinstance(result, tuple) or len(result) != 2:
                         raise RuntimeError(f"a step pre-hook must return None or (args, kwargs), got {result}")
                     args, kwargs = result
-            loss = self._closure_and_step(*args[1:], **kwargs)
+            loss = self._closure_and_step(*args[1:], **kwargs, run=Plan.run_in_range)
             self._optimizer_step_code()
             for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
                 hook(self, args, kwargs)
@@ -314,7 +314,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_outside_graph(self, closure: Callable[[], Any] | None) -> Any:
         return self._step_with_hooks(closure)
 
-    def _closure_and_step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _closure_and_step(self, closure: Callable[[], Any] | None = None, *, run: Any = Plan.run) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -323,10 +323,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._refuse_while_swapped("step()")
         plan = self._plan
         if plan is None or not plan.fresh(self):
+            self._forget_plan()
             with torch.no_grad():
                 plan = self._build()
         if plan is not None:
-            plan.run(self)
+            run(plan, self)
         return loss
 
     def _build(self) -> Plan | None:

@@ -1,4 +1,4 @@
-"""What one step works on: the parameters that have a gradient, their state, and the scalars of each group and counter."""
+"""What one step works on: parameters that have a gradient, their state, the scalars of each group and counter."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Item:
 
     Args:
         position: of the parameter among all parameters of the optimizer.
-        param, grad: of one dtype and shape. A gradient is held for the time of a step only: whoever sets it to None wants
-            the memory back.
+        param, grad: of one dtype and shape. A gradient is held for the time of a step only: whoever sets it to None
+            wants the memory back.
         slots: the moments, None where there is none; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGDW: momentum_buffer.
         master: the parameter in float32, or None.
         average: moving average of the parameter (float32, float64 beside float64), or None.
@@ -288,6 +288,11 @@ class Plan:
             part.runner.set_grads(grads)
             part.holds_grads = True
         return True
+
+    def run_in_range(self, optimizer: FusedOptimizer) -> None:
+        """`run`, with the name that a profiler shows."""
+        with torch.autograd.profiler.record_function(f"dlkernels::{optimizer._family}_step"):
+            self.run(optimizer)
 
     def run(self, optimizer: FusedOptimizer) -> None:
         groups, values = optimizer.param_groups, optimizer._values

@@ -14,6 +14,8 @@ from ..reference.adamw import adamw, moments, parameter
 from ..reference.sgdw import sgdw
 from ._plan import Item, Row
 
+FAMILIES = ("adamw", "sgdw")
+
 
 def make_runner(family: str, items: list[Item], rows: list[Row], owners: list[Tensor], **options: Any) -> Any:
     """The runner for the items of one device."""

@@ -25,8 +25,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     Everything below `weight_decay` happens in the same read and write of each parameter.
 
     Args:
-        params: parameters, groups of them, or named parameters; float32, float16, bfloat16 or float64, any dense layout,
-            also DTensors (FSDP2).
+        params: parameters, groups of them, or named parameters; float32, float16, bfloat16 or float64, in any dense
+            layout, also DTensors (FSDP2).
         lr: learning rate; a number or a 0-d tensor.
         betas: decay of the first and the second moment, in [0, 1).
         eps: added to the root of the second moment.
@@ -39,30 +39,30 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         decoupling: "lr": decay = lr * weight_decay, as torch has it; "schedule": decay = eta_t * weight_decay, the
             paper's, with eta_t = lr / the lr given at construction. A group may have its own.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters and step that (`state["master_param"]`).
-        stochastic_rounding: round bfloat16 parameters (without master weights) and bfloat16 moments up or down at random,
-            so that small steps are not lost. Counted random numbers (Philox) of seed, step and element: the result does
-            not depend on threads, launches or sharding.
+        stochastic_rounding: round bfloat16 parameters (without master weights) and bfloat16 moments up or down at
+            random, so that small steps are not lost. Counted random numbers (Philox) of seed, step and element: the
+            result does not depend on threads, launches or sharding.
         max_grad_norm: clip the norm of all gradients together to this, as `torch.nn.utils.clip_grad_norm_`; the norm
             before clipping is `optimizer.grad_norm`. The gradients themselves stay as they are.
         skip_nonfinite: leave out a step in which a gradient is NaN or infinite: nothing changes, t does not advance. By
             default they reach the parameters, as in torch.
         state_dtype: torch.float32 or torch.bfloat16 moments; None: the parameter's dtype, as torch has it, or float32
             with `master_weights`. float64 parameters keep float64.
-        ema_decay: keep a moving average of the parameters in float32 (`state["ema"]`), theta_ema = ema_decay theta_ema +
-            (1 - ema_decay) theta; `ema_weights()` puts it in their place for evaluation.
-        fused_unscale: let torch.amp.GradScaler leave unscaling to the step: one pass over the gradients less, which stay
-            scaled. Hosts that clip by themselves between unscaling and the step (Lightning) need it off.
+        ema_decay: keep a moving average of the parameters in float32 (`state["ema"]`), theta_ema = ema_decay
+            theta_ema + (1 - ema_decay) theta; `ema_weights()` puts it in their place for evaluation.
+        fused_unscale: let torch.amp.GradScaler leave unscaling to the step: one pass over the gradients less, which
+            stay scaled. Hosts that clip by themselves between unscaling and the step (Lightning) need it off.
         seed: of stochastic rounding.
 
     Raises:
-        ValueError, TypeError: for hyper-parameters, parameters or gradients that cannot be used; by a step only before it
-            has changed anything. A decay of 1 or more warns.
+        ValueError, TypeError: for hyper-parameters, parameters or gradients that cannot be used; by a step only before
+            it has changed anything. A decay of 1 or more warns.
 
     Note:
-        The state_dict is that of `torch.optim.AdamW`, and loads into it and from it, also in mid-training; master copies
-        and averages are further entries. Moments keep their dtype on loading. Parameters without a gradient are left
-        alone, decay included. A step does not wait for a GPU. Inside torch.compile the step runs as it is, outside of
-        the graph.
+        The state_dict is that of `torch.optim.AdamW`, and loads into it and from it, also in mid-training; master
+        copies and averages are further entries. Moments keep their dtype on loading. Parameters without a gradient are
+        left alone, decay included. A step does not wait for a GPU. Inside torch.compile the step runs as it is, outside
+        of the graph.
 
     Reference:
         Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. Reddi et al., "On the

@@ -26,8 +26,8 @@ class SGDW(FusedOptimizer):
     (line 6) and SGDW (line 9); copies of it that merge them apply the decay twice.
 
     Args:
-        params: parameters, groups of them, or named parameters; float32, float16, bfloat16 or float64, any dense layout,
-            also DTensors (FSDP2).
+        params: parameters, groups of them, or named parameters; float32, float16, bfloat16 or float64, in any dense
+            layout, also DTensors (FSDP2).
         lr: learning rate; a number or a 0-d tensor.
         momentum: factor of the accumulated steps, in [0, 1); 0 keeps no state.
         weight_decay: how much a parameter loses of itself per step, see `decoupling`.
@@ -36,17 +36,17 @@ class SGDW(FusedOptimizer):
         foreach, fused: accepted, and kept in the state_dict; the step is fused in any case.
         capturable: accepted; a step on a GPU can always be captured in a CUDA graph.
         differentiable: must be False.
-        decoupling: "schedule": decay = eta_t * weight_decay, the paper's, with eta_t = lr / the lr given at construction;
-            "lr": decay = lr * weight_decay, as torch.optim.AdamW has it. A group may have its own.
+        decoupling: "schedule": decay = eta_t * weight_decay, the paper's, with eta_t = lr / the lr given at
+            construction; "lr": decay = lr * weight_decay, as torch.optim.AdamW has it. A group may have its own.
         momentum_scaling: "paper": the momentum accumulates lr * g, so that what was gained keeps its own learning rate;
             "gradient": it accumulates g and is multiplied by the lr of the step, as in torch.optim.SGD and in the
             authors' code. The same for a constant lr. A group may have its own.
-        master_weights, stochastic_rounding, max_grad_norm, skip_nonfinite, state_dtype, ema_decay, fused_unscale, seed: as
-            for `AdamW`.
+        master_weights, stochastic_rounding, max_grad_norm, skip_nonfinite, state_dtype, ema_decay, fused_unscale, seed:
+            as for `AdamW`.
 
     Raises:
-        ValueError, TypeError: for hyper-parameters, parameters or gradients that cannot be used; by a step only before it
-            has changed anything. A decay of 1 or more warns.
+        ValueError, TypeError: for hyper-parameters, parameters or gradients that cannot be used; by a step only before
+            it has changed anything. A decay of 1 or more warns.
 
     Note:
         The state is `momentum_buffer`, as in `torch.optim.SGD` (in other units with momentum_scaling="paper").

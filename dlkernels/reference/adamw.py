@@ -1,4 +1,4 @@
-"""AdamW. Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2; AMSGrad of Reddi et al."""
+"""AdamW. Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. AMSGrad: Reddi et al."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def adamw(
     eps: float,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """theta, m, v and v_max after step t (from 1 on); `decay` is all that theta is multiplied with: lr * weight_decay."""
+    """theta, m, v and v_max after step t (from 1 on); `decay` is the share of itself that theta loses in this step."""
     m, v = moments(g, m, v, beta1=beta1, beta2=beta2)
     v_max = None if v_max is None else torch.maximum(v_max, v)
     largest = v if v_max is None else v_max
