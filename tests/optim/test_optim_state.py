@@ -248,3 +248,19 @@ def test_threads_change_nothing(kind: Callable[..., Any], rounds: bool) -> None:
     one = after(1)
     for threads in (2, 3):
         same_bits(after(threads), one)
+
+
+def test_master_copies_that_nobody_steps_are_dropped() -> None:
+    """Loaded without `master_weights`, they would come back as they were when a later run asks for them again."""
+    p = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    first = dk.optim.AdamW([p], lr=0.1, master_weights=True)
+    p.grad = torch.ones_like(p)
+    first.step()
+    second = dk.optim.AdamW([p], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert "master_param" not in second.state[p]
+    first.load_state_dict(second.state_dict())
+    first.step()
+    expected = p.detach().float()
+    assert torch.equal(first.state[p]["master_param"].bfloat16().float(), expected) and (expected < 0.75).all()
