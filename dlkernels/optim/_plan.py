@@ -77,6 +77,15 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether the elements of x lie where x says: not those of classes that wrap other tensors, or pretend only."""
+    return type(x) is Tensor or not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
+
+
+def kind_of(x: Tensor) -> str:
+    return "DTensor" if is_sharded(x) else "Tensor" if isinstance(x, torch.nn.Parameter) else type(x).__name__
+
+
 @contextlib.contextmanager
 def rolled_back(state: Any, found: list[Found]) -> Iterator[None]:
     """Take out of the state what a step that fails has put there."""
@@ -98,12 +107,16 @@ class Found:
     def __init__(self, position: int, group: int, owner: Tensor) -> None:
         self.position, self.group, self.owner = position, group, owner
         self.param = local_of(owner.detach())
+        if not has_memory(self.param):
+            raise TypeError(f"parameter {position} must be a tensor with memory of its own, got {kind_of(self.param)}")
         self.grad: Tensor | None = self.local_grad()
 
     def local_grad(self) -> Tensor:
         """The gradient of now, or an error that says what is wrong with it."""
         owner, grad = self.owner, self.owner.grad
         where = f"parameter {self.position}"
+        if is_sharded(grad) != is_sharded(owner):
+            raise TypeError(f"the gradient of {where} must be a {kind_of(owner)} as it is, got {kind_of(grad)}")
         if grad.layout is not torch.strided:
             raise TypeError(f"the gradient of {where} must be a strided (dense) tensor, got {grad.layout}")
         if grad.shape != owner.shape:
@@ -115,7 +128,10 @@ class Found:
         if grad.device != owner.device:
             raise ValueError(f"the gradient of {where} must be on its device {owner.device}, got {grad.device}")
         grad = local_of(like_parameter(grad, owner)).detach().resolve_neg()
-        return grad.clone() if grad._is_zerotensor() else grad
+        grad = grad.clone() if grad._is_zerotensor() else grad
+        if not has_memory(grad):
+            raise TypeError(f"the gradient of {where} must be a tensor with memory of its own, got {kind_of(grad)}")
+        return grad
 
 
 class Part:
