@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import _backend, _checks
 from ._options import OPTIONS, check_options
 from ._plan import Found, Plan, rolled_back
-from ._sharding import local_of, place_of
+from ._sharding import is_sharded, local_of, place_of
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -332,7 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _build(self) -> Plan | None:
-        """Check everything, then make state and lists. None when no parameter has a gradient."""
+        """Check everything, then make state and lists. None when there is nothing to do."""
         found = []
         position = 0
         check_options(self.__dict__)
@@ -342,7 +342,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     found.append(Found(position, g, p))
                 position += 1
-        if not found:
+        if not found and not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             return None
         self._split_counters(found)
         with rolled_back(self.state, found):

@@ -168,11 +168,12 @@ class Plan:
     def __init__(self, optimizer: FusedOptimizer, found: list[Found]) -> None:
         from ._runners import make_runner
 
-        self.sharded = any(is_sharded(f.owner) for f in found)
         self.repeats = True  # whether the same lists serve the next step
         self.copies: list[tuple[Tensor, Tensor]] = []  # what is not dense, and the dense tensor stepped in its place
-        self.keys: list[Any] = []
         self.owners = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sharded = any(is_sharded(p) for p in self.owners)
+        # Of all parameters, whether they have a gradient or not: ranks that differ in that make the same sums together.
+        self.keys = list(dict.fromkeys(norm_key(p) for p in self.owners))
         self.states = {f.position: tuple(optimizer.state[f.owner].values()) for f in found}
         self.parts: list[Part] = []
         for f in found:
@@ -222,9 +223,6 @@ class Plan:
         if grad.stride() != param.stride() and grad.numel() > 1:
             grad = torch.empty_like(param).copy_(grad)
             self.repeats = False
-        key = norm_key(f.owner)
-        if key not in self.keys:
-            self.keys.append(key)
         slots = optimizer._slots_of(optimizer.param_groups[f.group])
         whole = max(1, param.numel())
         return Item(
@@ -235,7 +233,7 @@ class Plan:
             self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
             self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
             part.row(f.group, self._counter(state.get("step"))),
-            self.keys.index(key),
+            self.keys.index(norm_key(f.owner)),
             *(place_of(f.owner) or (0, whole, whole)),
         )
 
@@ -287,7 +285,6 @@ class Plan:
         if any((p.grad is None) == (position in self.states) for position, p in enumerate(owners)):
             return False
         for part in self.parts:
-            grads = []
             for f, item in zip(part.found, part.items, strict=True):
                 now, before = tuple(optimizer.state[f.owner].values()), self.states[f.position]
                 if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
@@ -297,10 +294,11 @@ class Plan:
                     return False
                 if (param.shape, param.stride()) != (item.param.shape, item.param.stride()):
                     return False
-                grad = f.local_grad()
+        for part in self.parts:
+            grads = [f.local_grad() for f in part.found]  # may be sums over ranks: after all that can end in a new plan
+            for grad, item in zip(grads, part.items, strict=True):
                 if grad.stride() != item.param.stride() and grad.numel() > 1:
                     return False
-                grads.append(grad)
             part.runner.set_grads(grads)
             part.holds_grads = True
         return True
@@ -336,9 +334,9 @@ class Plan:
         if scale is not None:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
         if clips:
-            for part in self.parts:
-                total = reduce_squares(part.runner.squares(len(self.keys)), self.keys)
-                squares = total if squares is None else squares + _on(total, squares)
+            squares = reduce_squares([part.runner.squares(len(self.keys)) for part in self.parts], self.keys)
+            if not self.parts:  # this rank has only helped the others to their norm
+                return (squares.sqrt() if inv_scale is None else squares.sqrt() * inv_scale).float()
         for part in self.parts:
             norm = part.runner.run(
                 part.rows,
@@ -349,10 +347,6 @@ class Plan:
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
         return norm
-
-
-def _on(total: Any, other: Any) -> Any:
-    return total.to(other.device) if isinstance(total, Tensor) and isinstance(other, Tensor) else total
 
 
 def _move(x: Any, part: Part) -> Any:
