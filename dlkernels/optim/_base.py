@@ -127,7 +127,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         weight_decay = float(group["weight_decay"])
         if group.get("decoupling", self.decoupling) == "lr":
             return weight_decay
-        base_lr = group.get("base_lr", 0.0)
+        base_lr = group.get("base_lr")
+        if base_lr is None:  # a group of torch's, or one that was given this decoupling later
+            base_lr = group["base_lr"] = float(group.get("initial_lr", group["lr"]))
         return weight_decay / base_lr if base_lr else 0.0
 
     def _warn_of_decay(self, group: dict[str, Any]) -> None:
@@ -180,7 +182,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         is missing is made from the parameters.
         """
         self._refuse_while_swapped("load_state_dict()")
+        base_lrs = [group.get("base_lr") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, base_lr in zip(self.param_groups, base_lrs, strict=True):
+            if base_lr is not None:  # torch's optimizers do not save one
+                group.setdefault("base_lr", base_lr)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         counters: dict[Any, Tensor] = {}

@@ -1,0 +1,54 @@
+"""Loading what is not quite of the same kind: groups of torch's optimizers, hooks, tensors of another layout."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from _helpers import backend_fixture, grads, made, train
+from torch import nn
+from torch.optim import Optimizer
+
+import dlkernels as dk
+from dlkernels.testing import assert_bitwise
+
+backend = backend_fixture
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"), [(dk.optim.AdamW, torch.optim.AdamW), (dk.optim.SGDW, torch.optim.SGD)], ids=["AdamW", "SGDW"]
+)
+def test_the_schedule_begins_where_the_optimizer_was_built(kind: Any, theirs: Any, backend: str) -> None:
+    """Decay by the schedule, of groups that say nothing of where it began: torch's, saved in mid-schedule."""
+    params = made()
+    other = theirs(params, lr=0.1, weight_decay=0.5)
+    train(other, params, range(2))
+    other.param_groups[0]["lr"] = 0.05
+
+    optimizer = kind(params, lr=0.1, weight_decay=0.5, decoupling="schedule")
+    optimizer.load_state_dict(other.state_dict())
+    optimizer.state.clear()
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, b in zip(params, before, strict=True):
+        assert torch.allclose(p, b * (1 - 0.5 * 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [dk.optim.AdamW, dk.optim.SGDW])
+@pytest.mark.parametrize("initial", [None, 0.2])
+def test_decoupling_by_the_schedule_from_now_on(kind: Any, initial: float | None, backend: str) -> None:
+    """It begins at the lr of now, or where a scheduler says that it did."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = kind([p], lr=0.1, weight_decay=0.5, decoupling="lr")
+    optimizer.param_groups[0] |= {"decoupling": "schedule"} | ({"initial_lr": initial} if initial else {})
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.allclose(p, torch.full((3,), 1 - 0.5 * 0.1 / (initial or 0.1)), rtol=1e-6)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = p.detach().clone()
+    optimizer.step()
+    assert_bitwise(p.detach(), before)
