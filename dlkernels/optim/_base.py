@@ -161,9 +161,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizer has it: every parameter with a `step` of its own."""
         self._refuse_while_swapped("state_dict()")
-        state_dict = super().state_dict()
-        self._own_counters(state_dict)
-        return state_dict
+        before_other_hooks = self.register_state_dict_post_hook(FusedOptimizer._own_counters, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            before_other_hooks.remove()
 
     def _own_counters(self, state_dict: dict[str, Any]) -> None:
         """Counters are shared here; whoever gets a state_dict may count each parameter up by itself."""
@@ -183,9 +185,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_while_swapped("load_state_dict()")
         base_lrs = [group.get("base_lr") for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        adapted: list[dict[str, Any]] = []  # by the hooks of others, which may replace it
+        after_other_hooks = self.register_load_state_dict_pre_hook(lambda _, given: adapted.append(given))
+        before_other_hooks = self.register_load_state_dict_post_hook(
+            lambda _: self._take_loaded(adapted[-1], base_lrs), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            after_other_hooks.remove()
+            before_other_hooks.remove()
+
+    def _take_loaded(self, state_dict: dict[str, Any], base_lrs: list[Any]) -> None:
+        """What torch has not loaded as it was: dtypes, one counter for equal steps, what its groups do not say."""
         for group, base_lr in zip(self.param_groups, base_lrs, strict=True):
-            if base_lr is not None:  # torch's optimizers do not save one
+            if base_lr is not None:
                 group.setdefault("base_lr", base_lr)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _helpers import backend_fixture, grads, made, train
+from _helpers import backend_fixture, made, train
 from torch import nn
 from torch.optim import Optimizer
 
@@ -52,3 +52,48 @@ def test_decoupling_by_the_schedule_from_now_on(kind: Any, initial: float | None
     before = p.detach().clone()
     optimizer.step()
     assert_bitwise(p.detach(), before)
+
+
+@pytest.mark.parametrize("kind", [dk.optim.AdamW, dk.optim.SGDW])
+def test_hooks_that_change_what_is_loaded(kind: Any, backend: str) -> None:
+    """As with torch's: a pre-hook may give another state_dict, and a post-hook sees, and changes, what was loaded."""
+    name = kind._slots[0]
+    one, other = (kind(made(torch.bfloat16), state_dtype=torch.float32) for _ in range(2))
+    train(one, one.param_groups[0]["params"], range(2))
+    expected = one.state_dict()["state"][0][name]
+
+    def twice(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["state"][0][name] *= 2
+        return {**state_dict, "state": {10 + i: state for i, state in state_dict["state"].items()}} | {
+            "param_groups": [
+                {**group, "params": [10 + i for i in group["params"]]} for group in state_dict["param_groups"]
+            ]
+        }
+
+    def and_one_more(optimizer: Optimizer) -> None:
+        state = next(iter(optimizer.state.values()))
+        assert state[name].dtype == torch.float32
+        state[name] = state[name] + 1
+
+    other.register_load_state_dict_pre_hook(twice)
+    other.register_load_state_dict_post_hook(and_one_more)
+    for _ in range(2):
+        other.load_state_dict(one.state_dict())
+        assert_bitwise(other.state_dict()["state"][0][name], expected * 2 + 1)
+
+
+@pytest.mark.parametrize("kind", [dk.optim.AdamW, dk.optim.SGDW])
+def test_hooks_that_change_what_is_saved(kind: Any, backend: str) -> None:
+    """They get counters of each parameter's own, and may give anything."""
+    optimizer = kind(made(torch.bfloat16), stochastic_rounding=True)
+    train(optimizer, optimizer.param_groups[0]["params"], range(2))
+
+    def packed(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict["state"][0]["step"] += 5
+        return {"mine": state_dict}
+
+    optimizer.register_state_dict_post_hook(packed)
+    for _ in range(2):
+        steps = [float(state["step"]) for state in optimizer.state_dict()["mine"]["state"].values()]
+        assert steps == [7.0, 2.0, 2.0, 2.0, 2.0]
