@@ -224,12 +224,17 @@ class Plan:
             grad = torch.empty_like(param).copy_(grad)
             self.repeats = False
         slots = optimizer._slots_of(optimizer.param_groups[f.group])
+        moments = tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots)
+        if len(dtypes := {str(x.dtype) for x in moments if x is not None}) > 1:
+            raise TypeError(
+                f"the moments of parameter {f.position} must have one dtype, got {' and '.join(sorted(dtypes))}"
+            )
         whole = max(1, param.numel())
         return Item(
             f.position,
             param,
             grad,
-            tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots),
+            moments,
             self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
             self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
             part.row(f.group, self._counter(state.get("step"))),

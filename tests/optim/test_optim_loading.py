@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from _helpers import backend_fixture, made, train
+from _helpers import backend_fixture, grads, made, train
 from torch import nn
 from torch.optim import Optimizer
 
@@ -97,3 +97,58 @@ def test_hooks_that_change_what_is_saved(kind: Any, backend: str) -> None:
     for _ in range(2):
         steps = [float(state["step"]) for state in optimizer.state_dict()["mine"]["state"].values()]
         assert steps == [7.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def channels_last(params: list[nn.Parameter]) -> None:
+    for p in params:
+        if p.dim() == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("options", [{}, {"master_weights": True, "ema_decay": 0.9, "amsgrad": True}])
+@pytest.mark.parametrize("loads", [False, True], ids=["changed", "loaded"])
+def test_state_of_another_layout(loads: bool, options: dict[str, Any], backend: str) -> None:
+    """The same numbers; and one plan serves all further steps again."""
+    dtype = torch.bfloat16 if options else torch.float32
+    alone, params = made(dtype), made(dtype)
+    one, other = dk.optim.AdamW(alone, **options), dk.optim.AdamW(params, **options)
+    train(one, alone, range(6))
+    train(other, params, range(3))
+    channels_last(params)
+    if loads:
+        saved, other = other.state_dict(), dk.optim.AdamW(params, **options)
+        other.load_state_dict(saved)
+    plans = []
+    for step in range(3, 6):
+        grads(params, step)
+        channels_last([p.grad for p in params])
+        other.step()
+        plans.append(other._plan)
+    assert plans[0] is plans[1] is plans[2]
+    for p, q in zip(alone, params, strict=True):
+        assert_bitwise(q.detach(), p.detach())
+        for name, value in one.state[p].items():
+            assert_bitwise(other.state[q][name], value, name)
+
+
+def test_moments_begin_in_the_dtype_of_the_others(backend: str) -> None:
+    """All of a parameter have one; amsgrad switched on in mid-training adds to moments that were loaded."""
+    first, params = made(), made()
+    saved = dk.optim.AdamW(first, state_dtype=torch.bfloat16)
+    train(saved, first, range(2))
+    optimizer = dk.optim.AdamW(params)
+    optimizer.load_state_dict(saved.state_dict())
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer, params, range(2, 4))
+    for state in optimizer.state.values():
+        assert [state[name].dtype for name in optimizer._slots] == [torch.bfloat16] * 3
+
+    state = optimizer.state[params[2]]
+    state["exp_avg"] = state["exp_avg"].float()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(
+        TypeError, match=r"moments of parameter 2 must have one dtype, got torch.bfloat16 and torch.float32"
+    ):
+        optimizer.step()
+    for p, b in zip(params, before, strict=True):
+        assert_bitwise(p.detach(), b)
