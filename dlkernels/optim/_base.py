@@ -208,7 +208,8 @@ class FusedOptimizer(SavedOptimizer):
 
         A 0-d float32 tensor: on the CPU, or where the parameters are, without waiting for it.
         """
-        return torch.tensor(self._norm) if isinstance(self._norm, float) else self._norm
+        norm = self._norm
+        return torch.tensor(norm, dtype=torch.float32, device="cpu") if isinstance(norm, float) else norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
