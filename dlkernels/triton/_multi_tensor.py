@@ -35,12 +35,17 @@ _TYPES = {
 _LR_KINDS = {torch.float32: 1, torch.float64: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Mirror:
     """A table on the host and its copy on the device, written anew where it differs from the last one.
 
     Each copy has pinned memory of its own, which the caching host allocator keeps from reuse until it is read. A
     capture copies nothing yet, and its replays may find the table of a later step: it records the copy even where the
-    table is the last one (not where it is `fixed`), keeps its host memory, and says nothing of what the device holds.
+    table is the last one (not where it is `fixed`) and keeps its host memory. From then on a replay may have written
+    the device's copy at any time, so that every later step writes it anew.
     Memory for one capture is allocated ahead: not every PyTorch allocates pinned memory during one.
     """
 
@@ -53,9 +58,9 @@ class Mirror:
 
     def set(self, key: Any, table: Callable[[], Any]) -> Tensor:
         """The table on the device, for a key that tells whether it is the last one."""
-        cuda = self.device.type == "cuda"
-        capturing = cuda and torch.cuda.is_current_stream_capturing()
-        if self.tensor is not None and key == self._last and (self.fixed or not capturing):
+        cuda, capturing = self.device.type == "cuda", is_capturing(self.device)
+        replayed = capturing or self._kept
+        if self.tensor is not None and key == self._last and (self.fixed or not replayed):
             return self.tensor
         values = torch.as_tensor(table(), dtype=self.dtype, device="cpu")
         spare = self._spare if self._spare is not None and self._spare.shape == values.shape else None
