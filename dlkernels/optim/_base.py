@@ -59,6 +59,9 @@ class FusedOptimizer(SavedOptimizer):
             self._step_supports_amp_scaling = True
 
     def _forget_plan(self) -> None:
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is not None and plan.captured:  # a CUDA graph may be replayed at any time, and reads its tables
+            self.__dict__.setdefault("_captured_plans", []).append(plan)
         self._plan: Plan | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -308,6 +308,10 @@ class Plan:
             part.holds_grads = True
         return True
 
+    @property
+    def captured(self) -> bool:
+        return any(getattr(part.runner, "captured", False) for part in self.parts)
+
     def run_in_range(self, optimizer: FusedOptimizer) -> None:
         """`run`, with the name that a profiler shows."""
         with torch.autograd.profiler.record_function(f"dlkernels::{optimizer._family}_step"):

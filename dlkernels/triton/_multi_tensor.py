@@ -134,6 +134,11 @@ class Runner:
         self._launches = self._specialisations()
         self._squares: list[tuple[Any, int, Tensor]] | None = None
 
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has recorded a step, and reads the tables whenever it is replayed."""
+        return bool(self._items._kept)
+
     # Tables -----------------------------------------------------------------------------------------------------------
 
     def _fixed(self, name: Any, table: Tensor) -> Tensor:
