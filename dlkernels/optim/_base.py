@@ -120,8 +120,10 @@ class FusedOptimizer(SavedOptimizer):
 
     @staticmethod
     def _tensor_lr(lr: Tensor) -> Any:
-        """A learning rate on the CPU is a number; on a GPU it stays there."""
-        return lr.item() if lr.device.type == "cpu" else lr.detach()
+        """A learning rate on the CPU is a number; on a GPU it stays a tensor."""
+        if lr.device.type == "cpu":
+            return lr.item()
+        return lr.detach() if lr.is_floating_point() else lr.detach().double()
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """What lr is multiplied with to give the decay of a step."""

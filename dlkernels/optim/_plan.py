@@ -321,7 +321,8 @@ class Plan:
         groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
             for row, group in zip(part.rows, part.group_of_row, strict=True):
-                row.values = values(groups[group])
+                lr, *rest = values(groups[group])
+                row.values = (_move(lr, part) if isinstance(lr, Tensor) else lr, *rest)
         clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if clips or scale is not None or found_inf is not None:
