@@ -307,6 +307,8 @@ class FusedOptimizer(SavedOptimizer):
     def swap_ema(self) -> None:
         """Put the moving averages in the place of the parameters, or the parameters back.
 
+        In between, `step`, `state_dict` and `load_state_dict` raise; what is written into the parameters is lost.
+
         Raises:
             RuntimeError: when the optimizer was built without `ema_decay`.
         """
@@ -325,7 +327,12 @@ class FusedOptimizer(SavedOptimizer):
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """`with optimizer.ema_weights(): evaluate(model)`: the averages in the place of the parameters."""
+        """`with optimizer.ema_weights(): evaluate(model)`: the averages in the place of the parameters.
+
+        Raises:
+            RuntimeError: when they already are, or the optimizer was built without `ema_decay`.
+        """
+        self._refuse_while_swapped("ema_weights()")
         self.swap_ema()
         try:
             yield

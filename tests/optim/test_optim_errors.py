@@ -99,7 +99,7 @@ def test_options_of_the_optimizer(kind: Any, name: str, value: Any, message: str
 def test_wrong_kinds(kind: Any) -> None:
     for name in ("lr", "weight_decay"):
         with pytest.raises(TypeError, match=f"`{name}` must be a number, got str"):
-            kind([one()], **{name: "much"})
+            kind([one()], **{name: "1e-3"})
     with pytest.raises(TypeError, match="`seed` must be an int, got float"):
         kind([one()], seed=0.5)
     with pytest.raises(ValueError, match="`decoupling` must be one of 'lr', 'schedule', got 'paper'"):
