@@ -74,10 +74,13 @@ def reduce_squares(sums: list[Any], keys: list[Any]) -> Any:
         )
     from torch.distributed import all_reduce
 
-    total = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
-    for some in sums:
-        more = torch.tensor(some, dtype=torch.float64, device="cpu") if isinstance(some, list) else some
-        total = total.to(more.device) + more
+    tensors = [
+        torch.tensor(some, dtype=torch.float64, device="cpu") if isinstance(some, list) else some
+        for some in sums or [[0.0] * len(keys)]
+    ]
+    total = tensors[0]
+    for more in tensors[1:]:
+        total = total + more.to(total.device)
     parts = list(total.unbind())
     for i, key in enumerate(keys):
         if key is not None:
