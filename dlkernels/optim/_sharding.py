@@ -68,6 +68,8 @@ def reduce_squares(sums: list[Any], keys: list[Any]) -> Any:
     """
     if all(key is None for key in keys):
         totals = [sum(some) if isinstance(some, list) else some.sum() for some in sums]
+        if len(totals) == 1:
+            return totals[0]
         tensor = next((total for total in totals if isinstance(total, Tensor)), None)
         return sum(
             total if tensor is None or not isinstance(total, Tensor) else total.to(tensor.device) for total in totals
