@@ -137,7 +137,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         decay = float(lr) * self._decay_rate(group)
         if decay >= 1:
             warnings.warn(
-                f"each step multiplies the parameters by 1 - {decay:.4g}: the decay of a step should be far below 1",
+                f"each step multiplies the parameters by 1 - {decay:.4g}: "
+                "the weight decay of a step should be far below 1",
                 stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
