@@ -348,6 +348,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         with rolled_back(self.state, found):
             self._init_state(found)
             self._plan = Plan(self, found)
+        if not self.master_weights:  # of a checkpoint: they would not follow the parameters from here on
+            for f in found:
+                self.state[f.owner].pop("master_param", None)
         return self._plan
 
     # Averaged weights -------------------------------------------------------------------------------------------------

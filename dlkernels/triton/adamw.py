@@ -57,21 +57,24 @@ def _adamw_block(
     v = beta2 * v + rest2 * g * g
     vh = v
     if AMSGRAD:
-        vh = tl.where((v <= vmax) | (vmax != vmax), vmax, v)  # NaN in either stays
+        if ROUND_SLOTS:  # the largest of those stored is stored exactly
+            e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED, WHOLE)
+            v_out = round_by(v, random_bits(e, number, step, seed, 2, BLOCK, GROUPED))
+            vh = cast(v_out, ACC)
+        vh = tl.where((vh <= vmax) | (vmax != vmax), vmax, vh)  # NaN in either stays
     denom = tl.sqrt(vh) * inv_sqrt_correction2 + eps
     theta = theta * keep - step_size * m / denom
 
     m_out = cast(m, SLOT)
-    v_out = cast(v, SLOT)
+    if not (AMSGRAD and ROUND_SLOTS):
+        v_out = cast(v, SLOT)
     p_out = cast(theta, PARAM)
     if ROUND_PARAM or ROUND_SLOTS:
         e = element_numbers(start, offset, period, full_period, BLOCK, GROUPED, WHOLE)
     if ROUND_SLOTS:
         m_out = round_by(m, random_bits(e, number, step, seed, 1, BLOCK, GROUPED))
-        v_out = round_by(v, random_bits(e, number, step, seed, 2, BLOCK, GROUPED))
-        if AMSGRAD:
-            stored = cast(v_out, ACC)
-            vh = tl.where((stored <= vmax) | (vmax != vmax), vmax, stored)
+        if not AMSGRAD:
+            v_out = round_by(v, random_bits(e, number, step, seed, 2, BLOCK, GROUPED))
     if ROUND_PARAM:
         p_out = round_by(theta, random_bits(e, number, step, seed, 0, BLOCK, GROUPED))
     streamed_store(m_ptr, m_out, mask, FULL)

@@ -14,7 +14,7 @@ from dlkernels.testing import assert_bitwise
 
 BACKENDS = backends()[:2]
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-HALF_CLOSE = {F32: 1e-6, F64: 1e-14}  # relative, of two programs that round in another order
+CLOSE = {F32: 1e-6, F64: 1e-14}  # relative, of two programs that round in another order
 SHAPES = ((3,), (17,), (4, 5), (2, 3, 2, 2), (1,))
 
 
@@ -45,7 +45,7 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: r
 
 def close(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert (a - b).norm() <= HALF_CLOSE[a.dtype] * b.norm(), f"parameter {i}"
+        assert (a - b).norm() <= CLOSE[a.dtype] * b.norm(), f"parameter {i}"
 
 
 def flat(tree: Any) -> list[Any]:

@@ -148,7 +148,12 @@ class Plain:
         if self.family == "adamw":
             m = scalar(a) * slots[0] + scalar(1 - a) * g
             v = scalar(b) * slots[1] + scalar(1 - b) * g * g
-            top = v if slots[2] is None else torch.maximum(slots[2], v)
+            top = v
+            if slots[2] is not None:
+                if self.seed is not None and item.slots[1].dtype == BFLOAT16:
+                    self._store(item.slots[1], v, item, t, 2)
+                    top = item.slots[1].to(v.dtype)
+                top = torch.maximum(slots[2], top)
             one, two = (-math.expm1(t * math.log(beta)) if beta else 1.0 for beta in (a, b))
             denom = root(top) * scalar(1 / math.sqrt(two)) + scalar(c)
             theta = theta * keep - scalar(lr / one) * m / denom
@@ -164,8 +169,8 @@ class Plain:
         for stream, (slot, value) in enumerate(zip(item.slots, new), 1):
             if slot is None:
                 continue
-            if stream == 3 and self.seed is not None and slot.dtype == BFLOAT16:
-                slot.copy_(torch.maximum(slot, item.slots[1]))
+            if stream == 3:
+                slot.copy_(value)
             else:
                 self._store(slot, value, item, t, stream)
         if item.master is None:
