@@ -129,7 +129,7 @@ def test_momentum_scaling_and_nesterov() -> None:
 def test_a_decay_of_one_or_more_warns(kind: Any) -> None:
     """Once, in the caller's file; a decay that is just large does not."""
     options = {"lr": 2.0, "weight_decay": 0.5, "decoupling": "lr"}
-    with pytest.warns(UserWarning, match="each step multiplies the parameters by 1 - 1: the decay of a step") as seen:
+    with pytest.warns(UserWarning, match="each step multiplies the parameters by 1 - 1: the weight decay") as seen:
         optimizer = kind([one()], **options)
     assert [w.filename for w in seen] == [__file__]
     with pytest.warns(UserWarning, match="1 - 3") as seen:
