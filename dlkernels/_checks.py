@@ -73,6 +73,8 @@ def in_unit_interval(name: str, value: Any) -> float:
 def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         try:
+            if isinstance(value, (str, bytes)):  # of a configuration: 1e-3 without a dot is one in YAML
+                raise TypeError
             return float(value)  # numpy scalars and the like
         except (TypeError, ValueError):
             raise TypeError(f"`{name}` must be a number, got {type(value).__name__}") from None

@@ -67,7 +67,7 @@ class OptimizerTable {
         counter_of_row_(std::move(counter_of_row)) {
     for (const py::handle owner : owners) {
       keep(owner.ptr());
-      owners_.push_back({owner.ptr(), THPVariable_Unpack(owner.ptr()), -1});
+      owners_.push_back({owner.ptr(), -1});
     }
     for (const auto& [tensors, numbers] : items) add(tensors, numbers);
     members_.assign(counters_.size(), 0);
@@ -80,7 +80,7 @@ class OptimizerTable {
   void watch(const py::list& param_groups, const py::dict& state) {
     groups_.clear(), state_.clear();
     for (Item& item : items_) {
-      const at::Tensor& grad = owners_[item.owner].tensor.grad();
+      const at::Tensor& grad = owners_[item.owner].tensor().grad();
       const auto keys = grad.key_set();
       const bool plain = grad.layout() == at::kStrided && !keys.has(at::DispatchKey::Python) &&
                          !keys.has(at::DispatchKey::Negative) && !keys.has(at::DispatchKey::ZeroTensor);
@@ -147,17 +147,19 @@ class OptimizerTable {
     std::vector<char> counted(counters_.size(), 0);
     for (const Item& item : items_) {
       if (!item.present) continue;
-      bump(owners_[item.owner].tensor);
+      bump(owners_[item.owner].tensor());
       const int64_t c = counter(item);
       if (c >= 0 && !counted[c]) *counters_[c].mutable_data_ptr<float>() += 1, counted[c] = 1;
     }
   }
 
  private:
+  // By its object only: modules may exchange what is behind it (torch.utils.swap_tensors), which nobody else may hold.
   struct Owner {
     PyObject* object;
-    at::Tensor tensor;
     int64_t item;  // or -1: it had no gradient when the table was made
+
+    const at::Tensor& tensor() const { return THPVariable_Unpack(object); }
   };
 
   void keep(PyObject* object) { kept_.push_back(py::reinterpret_borrow<py::object>(object)); }
@@ -229,7 +231,8 @@ class OptimizerTable {
     for (size_t i = 0; i < owners_.size(); ++i) {
       prefetch(i + 8);
       const Owner& owner = owners_[i];
-      const at::Tensor& grad = owner.tensor.unsafeGetTensorImpl()->grad();
+      const at::Tensor& tensor = owner.tensor();
+      const at::Tensor& grad = tensor.unsafeGetTensorImpl()->grad();
       if (owner.item < 0) {
         if (grad.defined()) return false;
         continue;
@@ -238,7 +241,7 @@ class OptimizerTable {
       changed |= item.present != grad.defined();
       item.present = grad.defined();
       if (!item.present) continue;
-      if (!same_kind(item, owner.tensor, grad)) return false;
+      if (!same_kind(item, tensor, grad)) return false;
       item.tensor.grad = address_of(grad);
       item.last_grad = grad.unsafeGetTensorImpl();
     }
@@ -269,7 +272,7 @@ class OptimizerTable {
   // The metadata of a parameter, its gradient and its state: they are spread over memory, and a step ago in the cache.
   void prefetch(size_t i) const {
     if (i >= owners_.size()) return;
-    prefetch_impl(owners_[i].tensor.unsafeGetTensorImpl());
+    prefetch_impl(owners_[i].tensor().unsafeGetTensorImpl());
     if (owners_[i].item < 0) return;
     const Item& item = items_[owners_[i].item];
     prefetch_impl(item.last_grad);

@@ -17,18 +17,16 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, _checks
+from ._checkpoints import HALF, SavedOptimizer
 from ._options import OPTIONS, check_options
-from ._plan import Found, Plan, rolled_back
-from ._sharding import local_of, place_of
-
-HALF = (torch.bfloat16, torch.float16)
+from ._plan import Found, Plan, is_dense, rolled_back
+from ._sharding import is_sharded, place_of
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(SavedOptimizer):
     """Base of AdamW and SGDW."""
 
     _family: str
-    _slots: tuple[str, ...]  # names of the moments in the state
 
     # What a subclass says of a group ----------------------------------------------------------------------------------
 
@@ -61,6 +59,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step_supports_amp_scaling = True
 
     def _forget_plan(self) -> None:
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is not None and plan.captured:  # a CUDA graph may be replayed at any time, and reads its tables
+            self.__dict__.setdefault("_captured_plans", []).append(plan)
         self._plan: Plan | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,15 +120,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _tensor_lr(lr: Tensor) -> Any:
-        """A learning rate on the CPU is a number; on a GPU it stays there."""
-        return lr.item() if lr.device.type == "cpu" else lr.detach()
+        """A learning rate on the CPU is a number; on a GPU it stays a tensor."""
+        if lr.device.type == "cpu":
+            return lr.item()
+        return lr.detach() if lr.is_floating_point() else lr.detach().double()
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """What lr is multiplied with to give the decay of a step."""
         weight_decay = float(group["weight_decay"])
         if group.get("decoupling", self.decoupling) == "lr":
             return weight_decay
-        base_lr = group.get("base_lr", 0.0)
+        base_lr = group.get("base_lr")
+        if base_lr is None:  # a group of torch's, or one that was given this decoupling later
+            base_lr = group["base_lr"] = float(group.get("initial_lr", group["lr"]))
         return weight_decay / base_lr if base_lr else 0.0
 
     def _warn_of_decay(self, group: dict[str, Any]) -> None:
@@ -142,78 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
             )
 
-    # Pickling and checkpoints -----------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        more = {name: getattr(self, name) for name in (*OPTIONS, "decoupling", *self._own)}
-        return {**super().__getstate__(), **more, "_averages": self._averages, "_norm": self._norm}
-
-    _own: tuple[str, ...] = ()  # further attributes to pickle
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget_plan()
-        if self.fused_unscale:
-            self._step_supports_amp_scaling = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizer has it: every parameter with a `step` of its own."""
-        self._refuse_while_swapped("state_dict()")
-        state_dict = super().state_dict()
-        self._own_counters(state_dict)
-        return state_dict
-
-    def _own_counters(self, state_dict: dict[str, Any]) -> None:
-        """Counters are shared here; whoever gets a state_dict may count each parameter up by itself."""
-        capturable = {
-            i for g in state_dict["param_groups"] if g.get("capturable") or g.get("fused") for i in g["params"]
-        }
-        for i, state in list(state_dict["state"].items()):
-            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                step = state["step"].clone() if i in capturable else state["step"].detach().cpu().clone()
-                state_dict["state"][i] = {**state, "step": step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of this class or of torch's optimizer gave.
-
-        Moments get `state_dtype`, or keep their dtype where it is None; master copies and averages keep float32. What
-        is missing is made from the parameters.
-        """
-        self._refuse_while_swapped("load_state_dict()")
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        counters: dict[Any, Tensor] = {}
-        for i, p in zip(ids, params, strict=True):
-            saved, state = state_dict["state"].get(i), self.state.get(p)
-            if not saved or not state:
-                continue
-            for name, value in saved.items():  # torch has cast everything to the parameter's dtype
-                if isinstance(value, Tensor) and value.is_floating_point() and name != "step":
-                    wanted = self._dtype_on_load(name, value, p)
-                    state[name] = value.detach().to(device=p.device, dtype=wanted, copy=True)
-            if "step" in state:
-                step = state["step"]
-                key = (float(step), local_of(p).device)
-                if key not in counters:
-                    counters[key] = torch.tensor(key[0], dtype=torch.float32, device=self._counter_device(p))
-                state["step"] = counters[key]
-        self._forget_plan()
-
-    def _dtype_on_load(self, name: str, value: Tensor, p: Tensor) -> torch.dtype:
-        if p.dtype == torch.float64:
-            return torch.float64
-        if name in self._slots:
-            kept = value.dtype if value.dtype in (p.dtype, torch.float32, torch.bfloat16) else p.dtype
-            return self.state_dtype or (torch.float32 if self.master_weights and p.dtype in HALF else kept)
-        return torch.float32 if name in ("master_param", "ema") else p.dtype
-
     # State ------------------------------------------------------------------------------------------------------------
-
-    def _counter_device(self, p: Tensor) -> torch.device:
-        """On GPUs the kernel counts, so that a step can be captured, or skipped without waiting."""
-        device = local_of(p).device
-        return device if device.type == "cuda" else torch.device("cpu")
 
     def _moment_dtype(self, p: Tensor) -> torch.dtype:
         if p.dtype == torch.float64:
@@ -231,16 +165,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if device not in first:
                     first[device] = torch.zeros((), dtype=torch.float32, device=device)
                 state["step"] = first[device]
-            for name in self._slots_of(self.param_groups[f.group]):
+            slots = self._slots_of(self.param_groups[f.group])
+            others = [state[name].dtype for name in slots if state.get(name) is not None]
+            for name in slots:
                 if state.get(name) is None:
+                    dtype = others[0] if others else self._moment_dtype(p)
                     state[name] = torch.zeros_like(
-                        p, dtype=self._moment_dtype(p), memory_format=torch.preserve_format, requires_grad=False
+                        p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                     )
             if self.master_weights and p.dtype in HALF and "master_param" not in state:
                 state["master_param"] = p.detach().to(torch.float32, copy=True)
             if self.ema_decay is not None and "ema" not in state:
                 wide = torch.float64 if p.dtype == torch.float64 else torch.float32
                 state["ema"] = state.get("master_param", p).detach().to(wide, copy=True)
+            self._lay_out(state, p)
+
+    def _lay_out(self, state: dict[str, Any], p: Tensor) -> None:
+        """State in the layout of its parameter, which may have changed, or be another than in a checkpoint."""
+        if is_sharded(p) or not is_dense(p):
+            return
+        for name in (*self._slots, "master_param", "ema"):
+            x = state.get(name)
+            if x is not None and x.shape == p.shape and x.device == p.device and x.stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=x.dtype, requires_grad=False).copy_(x)
 
     def _split_counters(self, found: list[Found]) -> None:
         """A counter belongs to parameters that were always stepped together: those without a gradient now part."""
@@ -266,7 +213,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A 0-d float32 tensor: on the CPU, or where the parameters are, without waiting for it.
         """
-        return torch.tensor(self._norm) if isinstance(self._norm, float) else self._norm
+        norm = self._norm
+        return torch.tensor(norm, dtype=torch.float32, device="cpu") if isinstance(norm, float) else norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient.
@@ -332,7 +280,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _build(self) -> Plan | None:
-        """Check everything, then make state and lists. None when no parameter has a gradient."""
+        """Check everything, then make state and lists. None when there is nothing to do."""
         found = []
         position = 0
         check_options(self.__dict__)
@@ -342,7 +290,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     found.append(Found(position, g, p))
                 position += 1
-        if not found:
+        if not found and not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             return None
         self._split_counters(found)
         with rolled_back(self.state, found):
@@ -355,13 +303,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # Averaged weights -------------------------------------------------------------------------------------------------
 
-    def _refuse_while_swapped(self, what: str) -> None:
-        if self._averages is not None:
-            raise RuntimeError(f"{what} needs the parameters, and their averages are in their place: swap_ema() first")
-
     @torch.no_grad()
     def swap_ema(self) -> None:
         """Put the moving averages in the place of the parameters, or the parameters back.
+
+        In between, `step`, `state_dict` and `load_state_dict` raise; what is written into the parameters is lost.
 
         Raises:
             RuntimeError: when the optimizer was built without `ema_decay`.
@@ -381,7 +327,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """`with optimizer.ema_weights(): evaluate(model)`: the averages in the place of the parameters."""
+        """`with optimizer.ema_weights(): evaluate(model)`: the averages in the place of the parameters.
+
+        Raises:
+            RuntimeError: when they already are, or the optimizer was built without `ema_decay`.
+        """
+        self._refuse_while_swapped("ema_weights()")
         self.swap_ema()
         try:
             yield

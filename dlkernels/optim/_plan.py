@@ -77,6 +77,15 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether the elements of x lie where x says: not those of classes that wrap other tensors, or pretend only."""
+    return type(x) is Tensor or not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
+
+
+def kind_of(x: Tensor) -> str:
+    return "DTensor" if is_sharded(x) else "Tensor" if isinstance(x, torch.nn.Parameter) else type(x).__name__
+
+
 @contextlib.contextmanager
 def rolled_back(state: Any, found: list[Found]) -> Iterator[None]:
     """Take out of the state what a step that fails has put there."""
@@ -98,12 +107,16 @@ class Found:
     def __init__(self, position: int, group: int, owner: Tensor) -> None:
         self.position, self.group, self.owner = position, group, owner
         self.param = local_of(owner.detach())
+        if not has_memory(self.param):
+            raise TypeError(f"parameter {position} must be a tensor with memory of its own, got {kind_of(self.param)}")
         self.grad: Tensor | None = self.local_grad()
 
     def local_grad(self) -> Tensor:
         """The gradient of now, or an error that says what is wrong with it."""
         owner, grad = self.owner, self.owner.grad
         where = f"parameter {self.position}"
+        if is_sharded(grad) != is_sharded(owner):
+            raise TypeError(f"the gradient of {where} must be a {kind_of(owner)} as it is, got {kind_of(grad)}")
         if grad.layout is not torch.strided:
             raise TypeError(f"the gradient of {where} must be a strided (dense) tensor, got {grad.layout}")
         if grad.shape != owner.shape:
@@ -115,7 +128,10 @@ class Found:
         if grad.device != owner.device:
             raise ValueError(f"the gradient of {where} must be on its device {owner.device}, got {grad.device}")
         grad = local_of(like_parameter(grad, owner)).detach().resolve_neg()
-        return grad.clone() if grad._is_zerotensor() else grad
+        grad = grad.clone() if grad._is_zerotensor() else grad
+        if not has_memory(grad):
+            raise TypeError(f"the gradient of {where} must be a tensor with memory of its own, got {kind_of(grad)}")
+        return grad
 
 
 class Part:
@@ -152,11 +168,12 @@ class Plan:
     def __init__(self, optimizer: FusedOptimizer, found: list[Found]) -> None:
         from ._runners import make_runner
 
-        self.sharded = any(is_sharded(f.owner) for f in found)
         self.repeats = True  # whether the same lists serve the next step
         self.copies: list[tuple[Tensor, Tensor]] = []  # what is not dense, and the dense tensor stepped in its place
-        self.keys: list[Any] = []
         self.owners = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sharded = any(is_sharded(p) for p in self.owners)
+        # Of all parameters, whether they have a gradient or not: ranks that differ in that make the same sums together.
+        self.keys = list(dict.fromkeys(norm_key(p) for p in self.owners))
         self.states = {f.position: tuple(optimizer.state[f.owner].values()) for f in found}
         self.parts: list[Part] = []
         for f in found:
@@ -206,20 +223,22 @@ class Plan:
         if grad.stride() != param.stride() and grad.numel() > 1:
             grad = torch.empty_like(param).copy_(grad)
             self.repeats = False
-        key = norm_key(f.owner)
-        if key not in self.keys:
-            self.keys.append(key)
         slots = optimizer._slots_of(optimizer.param_groups[f.group])
+        moments = tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots)
+        if len(dtypes := {str(x.dtype) for x in moments if x is not None}) > 1:
+            raise TypeError(
+                f"the moments of parameter {f.position} must have one dtype, got {' and '.join(sorted(dtypes))}"
+            )
         whole = max(1, param.numel())
         return Item(
             f.position,
             param,
             grad,
-            tuple(self._like(name, state[name], param) if name in slots else None for name in optimizer._slots),
+            moments,
             self._like("master_param", state.get("master_param") if optimizer.master_weights else None, param),
             self._like("ema", state.get("ema") if optimizer.ema_decay is not None else None, param),
             part.row(f.group, self._counter(state.get("step"))),
-            self.keys.index(key),
+            self.keys.index(norm_key(f.owner)),
             *(place_of(f.owner) or (0, whole, whole)),
         )
 
@@ -271,7 +290,6 @@ class Plan:
         if any((p.grad is None) == (position in self.states) for position, p in enumerate(owners)):
             return False
         for part in self.parts:
-            grads = []
             for f, item in zip(part.found, part.items, strict=True):
                 now, before = tuple(optimizer.state[f.owner].values()), self.states[f.position]
                 if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
@@ -281,13 +299,18 @@ class Plan:
                     return False
                 if (param.shape, param.stride()) != (item.param.shape, item.param.stride()):
                     return False
-                grad = f.local_grad()
+        for part in self.parts:
+            grads = [f.local_grad() for f in part.found]  # may be sums over ranks: after all that can end in a new plan
+            for grad, item in zip(grads, part.items, strict=True):
                 if grad.stride() != item.param.stride() and grad.numel() > 1:
                     return False
-                grads.append(grad)
             part.runner.set_grads(grads)
             part.holds_grads = True
         return True
+
+    @property
+    def captured(self) -> bool:
+        return any(getattr(part.runner, "captured", False) for part in self.parts)
 
     def run_in_range(self, optimizer: FusedOptimizer) -> None:
         """`run`, with the name that a profiler shows."""
@@ -298,7 +321,8 @@ class Plan:
         groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
             for row, group in zip(part.rows, part.group_of_row, strict=True):
-                row.values = values(groups[group])
+                lr, *rest = values(groups[group])
+                row.values = (_move(lr, part) if isinstance(lr, Tensor) else lr, *rest)
         clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if clips or scale is not None or found_inf is not None:
@@ -320,9 +344,9 @@ class Plan:
         if scale is not None:
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
         if clips:
-            for part in self.parts:
-                total = reduce_squares(part.runner.squares(len(self.keys)), self.keys)
-                squares = total if squares is None else squares + _on(total, squares)
+            squares = reduce_squares([part.runner.squares(len(self.keys)) for part in self.parts], self.keys)
+            if not self.parts:  # this rank has only helped the others to their norm
+                return (squares.sqrt() if inv_scale is None else squares.sqrt() * inv_scale).float()
         for part in self.parts:
             norm = part.runner.run(
                 part.rows,
@@ -333,10 +357,6 @@ class Plan:
                 skip_nonfinite=optimizer.skip_nonfinite,
             )
         return norm
-
-
-def _on(total: Any, other: Any) -> Any:
-    return total.to(other.device) if isinstance(total, Tensor) and isinstance(other, Tensor) else total
 
 
 def _move(x: Any, part: Part) -> Any:

@@ -60,13 +60,30 @@ def norm_key(x: Any) -> Any:
     return (x.device_mesh, dims) if dims else None
 
 
-def reduce_squares(squares: Any, keys: list[Any]) -> Any:
-    """The total over all sets of parameters and all ranks that hold a part of them: a tensor, or a number as given."""
+def reduce_squares(sums: list[Any], keys: list[Any]) -> Any:
+    """The total of sums by set of parameters, one list or tensor for each device, over all ranks that hold a part.
+
+    Every rank makes one sum for each key, whatever gradients it has. A number where all sums are lists and nothing is
+    sharded, else a tensor.
+    """
     if all(key is None for key in keys):
-        return sum(squares) if isinstance(squares, list) else squares.sum()
+        totals = [sum(some) if isinstance(some, list) else some.sum() for some in sums]
+        if len(totals) == 1:
+            return totals[0]
+        tensor = next((total for total in totals if isinstance(total, Tensor)), None)
+        return sum(
+            total if tensor is None or not isinstance(total, Tensor) else total.to(tensor.device) for total in totals
+        )
     from torch.distributed import all_reduce
 
-    parts = list(torch.as_tensor(squares, dtype=torch.float64).unbind())
+    tensors = [
+        torch.tensor(some, dtype=torch.float64, device="cpu") if isinstance(some, list) else some
+        for some in sums or [[0.0] * len(keys)]
+    ]
+    total = tensors[0]
+    for more in tensors[1:]:
+        total = total + more.to(total.device)
+    parts = list(total.unbind())
     for i, key in enumerate(keys):
         if key is not None:
             mesh, dims = key

@@ -39,6 +39,8 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         decoupling: "lr": decay = lr * weight_decay, as torch has it; "schedule": decay = eta_t * weight_decay, the
             paper's, with eta_t = lr / the lr given at construction. A group may have its own.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters and step that (`state["master_param"]`).
+            The parameters are only written: whoever changes them between steps (clamps them, loads a model) changes the
+            copies too, or deletes them from the state, and they are made anew.
         stochastic_rounding: round bfloat16 parameters (without master weights) and bfloat16 moments up or down at
             random, so that small steps are not lost. Counted random numbers (Philox) of seed, step and element: the
             result does not depend on threads, launches or sharding.
@@ -49,9 +51,11 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         state_dtype: torch.float32 or torch.bfloat16 moments; None: the parameter's dtype, as torch has it, or float32
             with `master_weights`. float64 parameters keep float64.
         ema_decay: keep a moving average of the parameters in float32 (`state["ema"]`), theta_ema = ema_decay
-            theta_ema + (1 - ema_decay) theta; `ema_weights()` puts it in their place for evaluation.
-        fused_unscale: let torch.amp.GradScaler leave unscaling to the step: one pass over the gradients less, which
-            stay scaled. Hosts that clip by themselves between unscaling and the step (Lightning) need it off.
+            theta_ema + (1 - ema_decay) theta, from the parameters before the first step on; `ema_weights()` puts it in
+            their place for evaluation.
+        fused_unscale: let torch.amp.GradScaler leave unscaling to the step, and whether there is one: the gradients
+            stay scaled, and nothing waits for a GPU to say whether one is infinite. Hosts that clip by themselves
+            between unscaling and the step (Lightning) need it off.
         seed: of stochastic rounding.
 
     Raises:
@@ -60,9 +64,10 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     Note:
         The state_dict is that of `torch.optim.AdamW`, and loads into it and from it, also in mid-training; master
-        copies and averages are further entries. Moments keep their dtype on loading. Parameters without a gradient are
-        left alone, decay included. A step does not wait for a GPU. Inside torch.compile the step runs as it is, outside
-        of the graph.
+        copies and averages are further entries. Moments keep their dtype on loading. In `state`, parameters that were
+        always stepped together share one `step`: give one a tensor of its own to change it for that one only.
+        Parameters without a gradient are left alone, decay included. A step does not wait for a GPU. Inside
+        torch.compile the step runs as it is, outside of the graph.
 
     Reference:
         Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2. Reddi et al., "On the

@@ -35,12 +35,17 @@ _TYPES = {
 _LR_KINDS = {torch.float32: 1, torch.float64: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Mirror:
     """A table on the host and its copy on the device, written anew where it differs from the last one.
 
     Each copy has pinned memory of its own, which the caching host allocator keeps from reuse until it is read. A
     capture copies nothing yet, and its replays may find the table of a later step: it records the copy even where the
-    table is the last one (not where it is `fixed`), keeps its host memory, and says nothing of what the device holds.
+    table is the last one (not where it is `fixed`) and keeps its host memory. From then on a replay may have written
+    the device's copy at any time, so that every later step writes it anew.
     Memory for one capture is allocated ahead: not every PyTorch allocates pinned memory during one.
     """
 
@@ -53,11 +58,11 @@ class Mirror:
 
     def set(self, key: Any, table: Callable[[], Any]) -> Tensor:
         """The table on the device, for a key that tells whether it is the last one."""
-        cuda = self.device.type == "cuda"
-        capturing = cuda and torch.cuda.is_current_stream_capturing()
-        if self.tensor is not None and key == self._last and (self.fixed or not capturing):
+        cuda, capturing = self.device.type == "cuda", is_capturing(self.device)
+        replayed = capturing or self._kept
+        if self.tensor is not None and key == self._last and (self.fixed or not replayed):
             return self.tensor
-        values = torch.as_tensor(table(), dtype=self.dtype)
+        values = torch.as_tensor(table(), dtype=self.dtype, device="cpu")
         spare = self._spare if self._spare is not None and self._spare.shape == values.shape else None
         if not cuda:
             host = values
@@ -81,7 +86,7 @@ class _Launch:
 
     def __init__(self, items: list[int], constants: dict[str, Any], num_warps: int) -> None:
         self.items, self.constants, self.num_warps = items, constants, num_warps
-        self.steps, self.pieces = 1, torch.empty(0)
+        self.steps, self.pieces = 1, torch.empty(0, device="cpu")
 
 
 def steps_of(numels: list[int], block: int) -> int:
@@ -91,11 +96,11 @@ def steps_of(numels: list[int], block: int) -> int:
 
 def pieces_of(items: list[int], numels: list[int], length: int) -> Tensor:
     """[pieces, 2]: item and number of each piece of `length` elements, on the host."""
-    counts = torch.tensor([-(-numels[i] // length) for i in items], dtype=torch.int64)
+    counts = torch.tensor([-(-numels[i] // length) for i in items], dtype=torch.int64, device="cpu")
     total = int(counts.sum())
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    item = torch.repeat_interleave(torch.tensor(items, dtype=torch.int64), counts)
-    return torch.stack((item, torch.arange(total) - first), 1).to(torch.int32)
+    item = torch.repeat_interleave(torch.tensor(items, dtype=torch.int64, device="cpu"), counts)
+    return torch.stack((item, torch.arange(total, device="cpu") - first), 1).to(torch.int32)
 
 
 class Runner:
@@ -128,6 +133,11 @@ class Runner:
         self._bounds: dict[int, Tensor] = {}
         self._launches = self._specialisations()
         self._squares: list[tuple[Any, int, Tensor]] | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has recorded a step, and reads the tables whenever it is replayed."""
+        return bool(self._items._kept)
 
     # Tables -----------------------------------------------------------------------------------------------------------
 
@@ -212,12 +222,12 @@ class Runner:
         if self._squares is None:
             self._plan_squares()
         if num_sets not in self._bounds:
-            counts = torch.zeros(num_sets + 1, dtype=torch.int64)
+            counts = torch.zeros(num_sets + 1, dtype=torch.int64, device="cpu")
             for item, pieces in zip(self.items, self._piece_counts):
                 counts[item.norm_set + 1] += pieces
             self._bounds[num_sets] = counts.cumsum(0)
         with on_device(out):
-            numels, grads = self._fixed("numels", torch.tensor(self.numels)), self._grad_table()
+            numels, grads = self._fixed("numels", torch.tensor(self.numels, device="cpu")), self._grad_table()
             bounds = self._fixed(("bounds", num_sets), self._bounds[num_sets])
             for dtype, steps, table in self._squares:
                 pieces = self._fixed(dtype, table)
@@ -245,7 +255,7 @@ class Runner:
             begin[i], total = total, total + counts[i]
         self._piece_counts = counts
         self._partial = torch.empty(max(1, total), dtype=torch.float64, device=self.device)
-        starts = torch.tensor(begin)
+        starts = torch.tensor(begin, device="cpu")
         self._squares = []
         for dtype, some in groups.items():
             pieces = pieces_of(some, self.numels, steps[dtype] * SQUARES_BLOCK)
@@ -329,7 +339,7 @@ class Runner:
             )
 
         def lines() -> list[list[int]]:
-            bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
+            bits = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
             return [[*a, *b] for a, b in zip(addresses, bits)]
 
         table = self._rows.set((addresses, numbers), lines)

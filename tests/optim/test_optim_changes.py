@@ -222,7 +222,8 @@ def test_averages_in_and_out(dtype: torch.dtype, master: bool, backend: str) -> 
     with pytest.raises(KeyError), optimizer.ema_weights():
         for p in params:
             assert_bitwise(p.detach(), optimizer.state[p]["ema"].to(dtype))
-        for refused in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        loads, again = lambda: optimizer.load_state_dict({}), optimizer.ema_weights().__enter__
+        for refused in (optimizer.step, optimizer.state_dict, loads, again):
             with pytest.raises(RuntimeError, match="averages are in their place"):
                 refused()
         raise KeyError("inside")

@@ -99,7 +99,7 @@ def test_options_of_the_optimizer(kind: Any, name: str, value: Any, message: str
 def test_wrong_kinds(kind: Any) -> None:
     for name in ("lr", "weight_decay"):
         with pytest.raises(TypeError, match=f"`{name}` must be a number, got str"):
-            kind([one()], **{name: "much"})
+            kind([one()], **{name: "1e-3"})
     with pytest.raises(TypeError, match="`seed` must be an int, got float"):
         kind([one()], seed=0.5)
     with pytest.raises(ValueError, match="`decoupling` must be one of 'lr', 'schedule', got 'paper'"):
@@ -129,7 +129,9 @@ def test_momentum_scaling_and_nesterov() -> None:
 def test_a_decay_of_one_or_more_warns(kind: Any) -> None:
     """Once, in the caller's file; a decay that is just large does not."""
     options = {"lr": 2.0, "weight_decay": 0.5, "decoupling": "lr"}
-    with pytest.warns(UserWarning, match="each step multiplies the parameters by 1 - 1: the weight decay") as seen:
+    with pytest.warns(
+        UserWarning, match="each step multiplies the parameters by 1 - 1: the weight decay of a step"
+    ) as seen:
         optimizer = kind([one()], **options)
     assert [w.filename for w in seen] == [__file__]
     with pytest.warns(UserWarning, match="1 - 3") as seen:
