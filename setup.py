@@ -180,7 +180,9 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
                 raise SystemExit(f"compiling failed: {' '.join(job)}")
             if cached:
                 cached.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(target, cached)
+                partial = cached.with_suffix(f".{os.getpid()}")
+                shutil.copy(target, partial)
+                partial.replace(cached)  # whole, or not there
     return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
 
 

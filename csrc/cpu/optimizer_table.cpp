@@ -20,7 +20,7 @@ namespace {
 
 namespace py = pybind11;
 
-using ItemTensors = std::tuple<int64_t, at::Tensor, at::Tensor, std::vector<std::optional<at::Tensor>>,
+using ItemTensors = std::tuple<int64_t, at::Tensor, std::optional<at::Tensor>, std::vector<std::optional<at::Tensor>>,
                                std::optional<at::Tensor>, std::optional<at::Tensor>>;
 using ItemNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -31,15 +31,18 @@ struct Item {
   std::vector<void*> pointers;
   StepTensor tensor;
   int64_t norm_set;
-  bool present = true;
+  bool present;                   // has a gradient now
   c10::DispatchKeySet grad_keys;  // of the gradient that was checked: layout, device and the like in one number
   const void* last_grad;          // where the last one's metadata lay: only ever prefetched
+  int64_t version;                // of the parameter after the last step: looked at beside a master copy
 };
 
 // A run of elements of one item: what a thread takes at a time.
 struct Piece {
   int64_t item, begin, end;
 };
+
+constexpr int64_t kQuick = int64_t{1} << 17;  // elements of a step that other Python threads can wait for
 
 // The address of a dense tensor's first element, without the checks.
 void* address_of(const at::Tensor& x) {
@@ -61,10 +64,11 @@ class OptimizerTable {
  public:
   OptimizerTable(const std::string& family, const py::list& owners,
                  const std::vector<std::pair<ItemTensors, ItemNumbers>>& items, std::vector<at::Tensor> counters,
-                 std::vector<int64_t> counter_of_row)
+                 std::vector<int64_t> counter_of_row, std::vector<int64_t> group_of_row)
       : family_(family == "adamw" ? adamw_family() : sgdw_family()),
         counters_(std::move(counters)),
-        counter_of_row_(std::move(counter_of_row)) {
+        counter_of_row_(std::move(counter_of_row)),
+        group_of_row_(std::move(group_of_row)) {
     for (const py::handle owner : owners) {
       keep(owner.ptr());
       owners_.push_back({owner.ptr(), -1});
@@ -79,13 +83,19 @@ class OptimizerTable {
   // Remember whose parameters, which state and what kind of gradients this is, for `refresh`.
   void watch(const py::list& param_groups, const py::dict& state) {
     groups_.clear(), state_.clear();
+    c10::DispatchKeySet usual;
     for (Item& item : items_) {
-      const at::Tensor& grad = owners_[item.owner].tensor().grad();
-      const auto keys = grad.key_set();
-      const bool plain = grad.layout() == at::kStrided && !keys.has(at::DispatchKey::Python) &&
+      const at::Tensor& owner = owners_[item.owner].tensor();
+      item.version = version_of(owner);
+      if (!item.present) continue;
+      const auto keys = owner.grad().key_set();
+      const bool plain = owner.grad().layout() == at::kStrided && !keys.has(at::DispatchKey::Python) &&
                          !keys.has(at::DispatchKey::Negative) && !keys.has(at::DispatchKey::ZeroTensor);
       item.grad_keys = plain ? keys : c10::DispatchKeySet();  // which no gradient has
+      if (plain) usual = keys;
     }
+    for (Item& item : items_)
+      if (!item.present) item.grad_keys = usual;
     for (const py::handle group : param_groups) {
       PyObject* params = PyDict_GetItemString(group.ptr(), "params");
       groups_.push_back(PyList_GET_SIZE(params));
@@ -116,38 +126,36 @@ class OptimizerTable {
   // Of the raw gradients, by norm set; partial sums per piece are added in order: the same for any number of threads.
   std::vector<double> squares(int64_t sets) const {
     std::vector<double> of_piece(pieces_.size()), sums(sets);
-    {
-      py::gil_scoped_release release;
-      parallel([&](size_t i) {
-        const Piece& p = pieces_[i];
-        const StepTensor& t = items_[p.item].tensor;
-        of_piece[i] = family_.squares(t.grad, t.dtype, p.begin, p.end);
-      });
-    }
+    parallel([&](size_t i) {
+      const Piece& p = pieces_[i];
+      const StepTensor& t = items_[p.item].tensor;
+      of_piece[i] = family_.squares(t.grad, t.dtype, p.begin, p.end);
+    });
     for (size_t i = 0; i < pieces_.size(); ++i) sums[items_[pieces_[i].item].norm_set] += of_piece[i];
     return sums;
   }
 
-  void step(const std::vector<std::vector<double>>& rows, double factor, double average_decay,
+  // `values` are the numbers of each group, see dlkernels/optim/_items.py, Scalars.
+  void step(const std::vector<std::vector<double>>& values, double factor, double average_decay,
             std::optional<uint64_t> seed) {
-    TORCH_CHECK_VALUE(rows.size() == counter_of_row_.size(), "expected ", counter_of_row_.size(), " rows");
+    for (const auto& numbers : values)
+      TORCH_CHECK_VALUE(numbers.size() == family_.values, "expected ", family_.values, " numbers of a group");
     const auto loop = family_.loop({factor, average_decay, seed.has_value(), seed.value_or(0)});
-    for (size_t r = 0; r < rows.size(); ++r) {
-      TORCH_CHECK_VALUE(rows[r].size() == family_.values, "expected ", family_.values, " numbers in a row");
+    for (size_t r = 0; r < counter_of_row_.size(); ++r) {
       const int64_t c = counter_of_row_[r];
-      loop->add_row(rows[r], c < 0 ? 0 : static_cast<int64_t>(*counters_[c].const_data_ptr<float>()) + 1);
+      loop->add_row(values.at(group_of_row_[r]),
+                    c < 0 ? 0 : static_cast<int64_t>(*counters_[c].const_data_ptr<float>()) + 1);
     }
-    {
-      py::gil_scoped_release release;
-      parallel([&](size_t i) {
-        const Piece& p = pieces_[i];
-        loop->run(items_[p.item].tensor, p.begin, p.end);
-      });
-    }
+    parallel([&](size_t i) {
+      const Piece& p = pieces_[i];
+      loop->run(items_[p.item].tensor, p.begin, p.end);
+    });
     std::vector<char> counted(counters_.size(), 0);
-    for (const Item& item : items_) {
+    for (Item& item : items_) {
       if (!item.present) continue;
-      bump(owners_[item.owner].tensor());
+      const at::Tensor& owner = owners_[item.owner].tensor();
+      if (!owner.is_inference()) owner.unsafeGetTensorImpl()->bump_version();
+      item.version = version_of(owner);
       const int64_t c = counter(item);
       if (c >= 0 && !counted[c]) *counters_[c].mutable_data_ptr<float>() += 1, counted[c] = 1;
     }
@@ -165,8 +173,8 @@ class OptimizerTable {
   void keep(PyObject* object) { kept_.push_back(py::reinterpret_borrow<py::object>(object)); }
   int64_t counter(const Item& item) const { return counter_of_row_[item.tensor.row]; }
 
-  static void bump(const at::Tensor& x) {
-    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  static int64_t version_of(const at::Tensor& x) {
+    return x.is_inference() ? 0 : x.unsafeGetTensorImpl()->version_counter().current_version();
   }
 
   void add(const ItemTensors& tensors, const ItemNumbers& numbers) {
@@ -176,7 +184,8 @@ class OptimizerTable {
     StepTensor& t = item.tensor;
     std::tie(t.row, item.norm_set, t.offset, t.period, t.full_period, t.index) = numbers;
     t.param = writable(param);
-    t.grad = address_of(grad);
+    item.present = grad.has_value();
+    t.grad = item.present ? address_of(*grad) : nullptr;
     t.numel = param.numel();
     t.dtype = t.slot_dtype = float_kind("params", param);
     const auto other = [&](const std::optional<at::Tensor>& x) -> void* {
@@ -263,6 +272,7 @@ class OptimizerTable {
 
   static bool same_kind(const Item& item, const at::Tensor& owner, const at::Tensor& grad) {
     if (address_of(owner) != item.tensor.param || owner.scalar_type() != item.param.scalar_type()) return false;
+    if (item.tensor.master != nullptr && version_of(owner) != item.version) return false;  // written by somebody else
     for (size_t i = 0; i < item.others.size(); ++i)
       if (address_of(item.others[i]) != item.pointers[i]) return false;
     return grad.key_set() == item.grad_keys && grad.scalar_type() == item.param.scalar_type() &&
@@ -295,10 +305,18 @@ class OptimizerTable {
     }
   }
 
+  // Other Python threads run during a long step, and may set gradients to None: these are held meanwhile.
   template <class F>
   void parallel(F f) const {
     const int64_t n = static_cast<int64_t>(pieces_.size());
     if (n == 0) return;
+    std::vector<at::Tensor> held;
+    std::optional<py::gil_scoped_release> release;
+    if (elements_ > kQuick) {
+      for (const Item& item : items_)
+        if (item.present) held.push_back(owners_[item.owner].tensor().grad());
+      release.emplace();
+    }
     at::parallel_for(0, n, grain(elements_ / n), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(static_cast<size_t>(i));
     });
@@ -306,7 +324,7 @@ class OptimizerTable {
 
   OptimizerFamily family_;
   std::vector<at::Tensor> counters_;  // [] float32 each
-  std::vector<int64_t> counter_of_row_;
+  std::vector<int64_t> counter_of_row_, group_of_row_;
   std::vector<int64_t> members_;  // items of each counter
   std::vector<Owner> owners_;
   std::vector<Item> items_;
@@ -322,12 +340,12 @@ class OptimizerTable {
 void bind_optimizers(pybind11::module_& m) {
   py::class_<OptimizerTable>(m, "OptimizerTable")
       .def(py::init<const std::string&, const py::list&, const std::vector<std::pair<ItemTensors, ItemNumbers>>&,
-                    std::vector<at::Tensor>, std::vector<int64_t>>())
+                    std::vector<at::Tensor>, std::vector<int64_t>, std::vector<int64_t>>())
       .def("watch", &OptimizerTable::watch)
       .def("refresh", &OptimizerTable::refresh)
       .def("set_grads", &OptimizerTable::set_grads)
       .def("squares", &OptimizerTable::squares)
-      .def("step", &OptimizerTable::step, py::arg("rows"), py::arg("factor"), py::arg("average_decay"),
+      .def("step", &OptimizerTable::step, py::arg("values"), py::arg("factor"), py::arg("average_decay"),
            py::arg("seed"));
 }
 

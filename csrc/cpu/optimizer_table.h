@@ -23,7 +23,7 @@ struct StepCommon {
 class StepLoop {
  public:
   virtual ~StepLoop() = default;
-  // The scalars of a row from its numbers (dlkernels/optim/_plan.py, Row) and the step being made, from 1 on.
+  // The scalars of a row from its numbers (dlkernels/optim/_items.py, Scalars) and the step being made, from 1 on.
   virtual void add_row(const std::vector<double>& values, int64_t t) = 0;
   virtual void run(const StepTensor& tensor, int64_t begin, int64_t end) const = 0;
 };

@@ -18,8 +18,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .. import _backend, _checks
 from ._checkpoints import HALF, SavedOptimizer
+from ._items import Found, is_dense, rolled_back
 from ._options import OPTIONS, check_options
-from ._plan import Found, Plan, is_dense, rolled_back
+from ._plan import Plan
 from ._sharding import is_sharded, place_of
 
 
@@ -35,7 +36,7 @@ class FusedOptimizer(SavedOptimizer):
         raise NotImplementedError
 
     def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The scalars of a row, see `_plan.Row`."""
+        """The scalars of a row, see `_items.Scalars`."""
         raise NotImplementedError
 
     def _slots_of(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -116,6 +117,8 @@ class FusedOptimizer(SavedOptimizer):
         """Note what a group was given at construction, and warn of what cannot be meant."""
         if group.get("decoupling", self.decoupling) == "schedule":
             group.setdefault("base_lr", float(group["lr"]))
+            if group["base_lr"] == 0 and float(group["weight_decay"]) != 0:
+                self._warn("the lr given at construction is what decay follows, and it is 0: there will be no decay")
         self._warn_of_decay(group)
 
     @staticmethod
@@ -141,11 +144,14 @@ class FusedOptimizer(SavedOptimizer):
             return
         decay = float(lr) * self._decay_rate(group)
         if decay >= 1:
-            warnings.warn(
+            self._warn(
                 f"each step multiplies the parameters by 1 - {decay:.4g}: "
-                "the weight decay of a step should be far below 1",
-                stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)),
+                "the weight decay of a step should be far below 1"
             )
+
+    @staticmethod
+    def _warn(text: str) -> None:
+        warnings.warn(text, stacklevel=_backend._outside(os.path.dirname(torch.optim.__file__)))
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -179,6 +185,14 @@ class FusedOptimizer(SavedOptimizer):
                 wide = torch.float64 if p.dtype == torch.float64 else torch.float32
                 state["ema"] = state.get("master_param", p).detach().to(wide, copy=True)
             self._lay_out(state, p)
+
+    def _is_complete(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> bool:
+        """Whether a step would find all that it needs."""
+        wanted = [*self._slots_of(group)]
+        wanted += ["step"] if self._counts() else []
+        wanted += ["master_param"] if self.master_weights and p.dtype in HALF else []
+        wanted += ["ema"] if self.ema_decay is not None else []
+        return all(state.get(name) is not None for name in wanted)
 
     def _lay_out(self, state: dict[str, Any], p: Tensor) -> None:
         """State in the layout of its parameter, which may have changed, or be another than in a checkpoint."""
@@ -292,6 +306,7 @@ class FusedOptimizer(SavedOptimizer):
                 position += 1
         if not found and not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             return None
+        self._refuse_to_begin_in_a_capture(found)
         self._split_counters(found)
         with rolled_back(self.state, found):
             self._init_state(found)
@@ -300,6 +315,13 @@ class FusedOptimizer(SavedOptimizer):
             for f in found:
                 self.state[f.owner].pop("master_param", None)
         return self._plan
+
+    def _refuse_to_begin_in_a_capture(self, found: list[Found]) -> None:
+        """State made in a graph would be zero again at each replay."""
+        new = [f for f in found if f.param.is_cuda and not self._is_complete(
+            self.state.get(f.owner, {}), self.param_groups[f.group], f.owner)]  # fmt: skip
+        if new and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the first step makes the state of the optimizer: take one step before the capture")
 
     # Averaged weights -------------------------------------------------------------------------------------------------
 

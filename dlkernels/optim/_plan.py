@@ -1,137 +1,19 @@
-"""What one step works on: parameters that have a gradient, their state, the scalars of each group and counter."""
+"""A plan of a step: the items of each device with their runner, for as long as nothing but values changes."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend
-from ._sharding import is_sharded, like_parameter, local_of, norm_key, place_of, reduce_squares
+from ._items import MOMENTS, Found, Item, Row, Scalars, follow_parameters, is_dense
+from ._sharding import is_sharded, local_of, norm_key, place_of, reduce_squares
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
-
-
-@dataclass(slots=True)
-class Item:
-    """One parameter of a step. All tensors are local, dense and of one memory layout.
-
-    Args:
-        position: of the parameter among all parameters of the optimizer.
-        param, grad: of one dtype and shape. A gradient is held for the time of a step only: whoever sets it to None
-            wants the memory back.
-        slots: the moments, None where there is none; AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq; SGDW: momentum_buffer.
-        master: the parameter in float32, or None.
-        average: moving average of the parameter (float32, float64 beside float64), or None.
-        row: of the plan's rows.
-        norm_set: parameters whose squares are summed over the same ranks.
-        offset, period, full_period: local element i is element i // period * full_period + offset + i % period of the
-            whole parameter.
-    """
-
-    position: int
-    param: Tensor
-    grad: Tensor | None
-    slots: tuple[Tensor | None, ...]
-    master: Tensor | None
-    average: Tensor | None
-    row: int
-    norm_set: int
-    offset: int
-    period: int
-    full_period: int
-
-    @property
-    def index(self) -> int:
-        return self.position
-
-
-@dataclass(slots=True)
-class Row:
-    """The scalars of the parameters of one group that share a step counter.
-
-    `values` begin with lr (a number, or a tensor on the parameters' device), decay_rate (lr * decay_rate is the decay)
-    and sign (-1 to maximize). AdamW: beta1, beta2, eps follow; SGDW: momentum, paper, nesterov.
-    """
-
-    values: tuple[Any, ...]
-    step: Tensor | None
-
-
-# What the moments of a parameter may be.
-MOMENTS = {
-    torch.float64: (torch.float64,),
-    torch.float32: (torch.float32, torch.bfloat16),
-    torch.float16: (torch.float16, torch.float32, torch.bfloat16),
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-}
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether every element of memory between the first and the last belongs to x, once."""
-    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
-
-
-def has_memory(x: Tensor) -> bool:
-    """Whether the elements of x lie where x says: not those of classes that wrap other tensors, or pretend only."""
-    return type(x) is Tensor or not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
-
-
-def kind_of(x: Tensor) -> str:
-    return "DTensor" if is_sharded(x) else "Tensor" if isinstance(x, torch.nn.Parameter) else type(x).__name__
-
-
-@contextlib.contextmanager
-def rolled_back(state: Any, found: list[Found]) -> Iterator[None]:
-    """Take out of the state what a step that fails has put there."""
-    before = {f.owner: set(state[f.owner]) if f.owner in state else None for f in found}
-    try:
-        yield
-    except BaseException:
-        for p, names in before.items():
-            for name in set(state.get(p, ())) - (names or set()):
-                del state[p][name]
-            if names is None:
-                state.pop(p, None)
-        raise
-
-
-class Found:
-    """A parameter that has a gradient: both local, the gradient checked."""
-
-    def __init__(self, position: int, group: int, owner: Tensor) -> None:
-        self.position, self.group, self.owner = position, group, owner
-        self.param = local_of(owner.detach())
-        if not has_memory(self.param):
-            raise TypeError(f"parameter {position} must be a tensor with memory of its own, got {kind_of(self.param)}")
-        self.grad: Tensor | None = self.local_grad()
-
-    def local_grad(self) -> Tensor:
-        """The gradient of now, or an error that says what is wrong with it."""
-        owner, grad = self.owner, self.owner.grad
-        where = f"parameter {self.position}"
-        if is_sharded(grad) != is_sharded(owner):
-            raise TypeError(f"the gradient of {where} must be a {kind_of(owner)} as it is, got {kind_of(grad)}")
-        if grad.layout is not torch.strided:
-            raise TypeError(f"the gradient of {where} must be a strided (dense) tensor, got {grad.layout}")
-        if grad.shape != owner.shape:
-            raise ValueError(
-                f"the gradient of {where} must have its shape {tuple(owner.shape)}, got {tuple(grad.shape)}"
-            )
-        if grad.dtype != owner.dtype:
-            raise TypeError(f"the gradient of {where} must have its dtype {owner.dtype}, got {grad.dtype}")
-        if grad.device != owner.device:
-            raise ValueError(f"the gradient of {where} must be on its device {owner.device}, got {grad.device}")
-        grad = local_of(like_parameter(grad, owner)).detach().resolve_neg()
-        grad = grad.clone() if grad._is_zerotensor() else grad
-        if not has_memory(grad):
-            raise TypeError(f"the gradient of {where} must be a tensor with memory of its own, got {kind_of(grad)}")
-        return grad
 
 
 class Part:
@@ -141,7 +23,7 @@ class Part:
         self.device = device
         self.items: list[Item] = []
         self.rows: list[Row] = []
-        self.group_of_row: list[int] = []
+        self.scalars: dict[int, Scalars] = {}  # by group
         self.found: list[Found] = []
         self.runner: Any = None
         self.holds_grads = True
@@ -157,8 +39,7 @@ class Part:
     def row(self, group: int, step: Tensor | None) -> int:
         at = self._row_of.setdefault((group, id(step)), len(self.rows))
         if at == len(self.rows):
-            self.rows.append(Row((), step))
-            self.group_of_row.append(group)
+            self.rows.append(Row(self.scalars.setdefault(group, Scalars(group)), step))
         return at
 
 
@@ -184,6 +65,8 @@ class Plan:
             part.found.append(f)
             part.items.append(self._item(optimizer, f, part))
         self.forced = _backend.state.forced
+        if len(self.parts) == 1 and not self.sharded and _backend.choose(self.parts[0].device.type) == "cpp":
+            self._add_waiting(optimizer)
         for part in self.parts:
             part.runner = make_runner(
                 optimizer._family,
@@ -199,6 +82,33 @@ class Plan:
         self.table = getattr(only, "table", None)
         if self.table is not None:
             self.table.watch(optimizer.param_groups, optimizer.state)
+        for part in self.parts:
+            follow_parameters(part.items)
+        self._note_versions()
+
+    def _add_waiting(self, optimizer: FusedOptimizer) -> None:
+        """Parameters that have state and no gradient now: once they have one, the table steps them too."""
+        part = self.parts[0]
+        position = -1
+        for g, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                position += 1
+                state = optimizer.state.get(p)
+                if position in self.states or not state or not is_dense(p) or p.device != part.device:
+                    continue
+                tensors = [x for x in state.values() if isinstance(x, Tensor) and x.dim() == p.dim()]
+                if optimizer._is_complete(state, group, p) and all(x.stride() == p.stride() for x in tensors):
+                    with contextlib.suppress(TypeError, ValueError):  # what is wrong is said when it has a gradient
+                        part.items.append(self._item(optimizer, Found(position, g, p), part))
+        part.items.sort(key=lambda item: item.position)  # the order of sums is that of a plan with all of them
+
+    def _note_versions(self) -> None:
+        """Of parameters with a master copy: who else writes them is noticed by it."""
+        if self.table is None:
+            for part in self.parts:
+                for f, item in zip(part.found, part.items, strict=True):
+                    if item.master is not None and not f.owner.is_inference():
+                        f.version = f.owner._version
 
     @staticmethod
     def _options(optimizer: FusedOptimizer) -> tuple[Any, ...]:
@@ -220,7 +130,7 @@ class Plan:
                 raise ValueError(f"parameter {f.position} must have an element of memory for each of its own, clone it")
             param = param.clone(memory_format=torch.contiguous_format)
             self._copied(f.param, param)
-        if grad.stride() != param.stride() and grad.numel() > 1:
+        if grad is not None and grad.stride() != param.stride() and grad.numel() > 1:
             grad = torch.empty_like(param).copy_(grad)
             self.repeats = False
         slots = optimizer._slots_of(optimizer.param_groups[f.group])
@@ -299,6 +209,8 @@ class Plan:
                     return False
                 if (param.shape, param.stride()) != (item.param.shape, item.param.stride()):
                     return False
+                if item.master is not None and not f.owner.is_inference() and f.owner._version != f.version:
+                    return False
         for part in self.parts:
             grads = [f.local_grad() for f in part.found]  # may be sums over ranks: after all that can end in a new plan
             for grad, item in zip(grads, part.items, strict=True):
@@ -320,9 +232,9 @@ class Plan:
     def run(self, optimizer: FusedOptimizer) -> None:
         groups, values = optimizer.param_groups, optimizer._values
         for part in self.parts:
-            for row, group in zip(part.rows, part.group_of_row, strict=True):
+            for group, scalars in part.scalars.items():
                 lr, *rest = values(groups[group])
-                row.values = (_move(lr, part) if isinstance(lr, Tensor) else lr, *rest)
+                scalars.values = (_move(lr, part) if isinstance(lr, Tensor) else lr, *rest)
         clips = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if clips or scale is not None or found_inf is not None:
@@ -337,6 +249,7 @@ class Plan:
             original.copy_(copy)
         if self.table is None:
             torch.autograd.graph.increment_version([f.owner for part in self.parts for f in part.found])
+            self._note_versions()
 
     def _run_scaled(self, optimizer: FusedOptimizer, clips: bool, scale: Any, found_inf: Any) -> Any:
         """With the norm of all gradients, or what a GradScaler says: a number for the CPU, tensors for GPUs."""

@@ -12,7 +12,7 @@ from .. import _backend
 from ..reference._rounding import random_bits, stochastic_round
 from ..reference.adamw import adamw, moments, parameter
 from ..reference.sgdw import sgdw
-from ._plan import Item, Row
+from ._items import Item, Row
 
 FAMILIES = ("adamw", "sgdw")
 
@@ -61,14 +61,10 @@ class CppRunner:
         rounding_seed: int | None,
         average_decay: float | None,
     ) -> None:
-        counters: list[Tensor] = []
-        counter_of_row = []
-        for row in rows:
-            known = next((i for i, c in enumerate(counters) if c is row.step), -1)
-            if known < 0 and row.step is not None:
-                known = len(counters)
-                counters.append(row.step)
-            counter_of_row.append(known)
+        counters = {id(row.step): row.step for row in rows if row.step is not None}
+        places = {key: i for i, key in enumerate(counters)}
+        by_group = {row.scalars.group: row.scalars for row in rows}
+        self.scalars, groups = list(by_group.values()), list(by_group)
         self.table = _backend.C.OptimizerTable(  # type: ignore[union-attr]
             family,
             owners,
@@ -79,8 +75,9 @@ class CppRunner:
                 )
                 for i in items
             ],
-            counters,
-            counter_of_row,
+            list(counters.values()),
+            [places.get(id(row.step), -1) for row in rows],
+            [groups.index(row.scalars.group) for row in rows],
         )
         self.rounding_seed = rounding_seed
         self.average_decay = 0.0 if average_decay is None else average_decay
@@ -97,7 +94,9 @@ class CppRunner:
     def run(self, rows: list[Row], **scaling: Any) -> float | None:
         factor, norm, skip = host_control(**scaling) if scaling else (1.0, None, False)
         if not skip:
-            self.table.step([row.values for row in rows], factor, self.average_decay, self.rounding_seed)
+            self.table.step(
+                [scalars.values for scalars in self.scalars], factor, self.average_decay, self.rounding_seed
+            )
         return norm
 
 

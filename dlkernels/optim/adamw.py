@@ -39,6 +39,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         decoupling: "lr": decay = lr * weight_decay, as torch has it; "schedule": decay = eta_t * weight_decay, the
             paper's, with eta_t = lr / the lr given at construction. A group may have its own.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters and step that (`state["master_param"]`).
+            Where something else writes a parameter in between, its copy follows.
             The parameters are only written: whoever changes them between steps (clamps them, loads a model) changes the
             copies too, or deletes them from the state, and they are made anew.
         stochastic_rounding: round bfloat16 parameters (without master weights) and bfloat16 moments up or down at

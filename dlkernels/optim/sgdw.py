@@ -116,6 +116,8 @@ class SGDW(FusedOptimizer):
         self._check_common(group)
         if not 0.0 <= _checks.number("momentum", group["momentum"]) < 1.0:
             raise ValueError(f"`momentum` must be in [0, 1), got {group['momentum']}")
+        if group.get("dampening", 0) != 0:
+            raise ValueError(f"`dampening` must be 0, got {group['dampening']}: SGDW has none")
         scaling = group.get("momentum_scaling", self.momentum_scaling)
         _checks.one_of("momentum_scaling", scaling, MOMENTUM_SCALINGS)
         if group["nesterov"] and (scaling != "gradient" or group["momentum"] == 0):

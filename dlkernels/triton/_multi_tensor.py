@@ -108,7 +108,7 @@ class Runner:
 
     Args:
         family: "adamw" or "sgdw".
-        items: see dlkernels/optim/_plan.py; at least one. Empty parameters are allowed.
+        items: see dlkernels/optim/_items.py; at least one. Empty parameters are allowed.
         rounding_seed: of stochastic rounding; None rounds to nearest.
         average_decay: of the moving averages.
     """
@@ -276,7 +276,7 @@ class Runner:
         """One step. Nothing is written where `found_inf` is not 0, or `norm_squares` not finite and `skip_nonfinite`.
 
         Args:
-            rows: see dlkernels/optim/_plan.py.
+            rows: see dlkernels/optim/_items.py.
             inv_scale: 0-d, multiplies the gradients.
             found_inf: 0-d.
             norm_squares: 0-d float64, the sum of the squares of all gradients before `inv_scale`.

@@ -250,3 +250,60 @@ def test_average_begins_with_its_parameter(backend: str) -> None:
     train(optimizer, params, range(1, 2))
     expected = 0.75 * first[1] + 0.25 * params[1].detach()
     torch.testing.assert_close(optimizer.state[params[1]]["ema"], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("kind", [dk.optim.AdamW, dk.optim.SGDW])
+def test_alternating_sets_of_gradients_need_no_new_plan(kind: Any) -> None:
+    """As in a mixture of experts: once each set has been seen, the table serves them all, with every step exact."""
+    params = made()
+    optimizer = kind(params, lr=1e-2, max_grad_norm=1.0)
+    twins = made()
+    twin = kind(twins, lr=1e-2, max_grad_norm=1.0)
+    patterns = [[True] * 5, [True, False] * 2 + [True], [False, True] * 2 + [False], [i == 2 for i in range(5)]]
+    plans: list[Any] = []
+    for step in range(20):
+        present = patterns[step % 4]
+        grads(params, step, present)
+        grads(twins, step, present)
+        optimizer.step()
+        twin._forget_plan()
+        twin.step()
+        plans.append(optimizer._plan)
+        for a, b in zip(params, twins, strict=True):
+            assert_bitwise(a, b)
+        assert_bitwise(optimizer.grad_norm, twin.grad_norm)
+    assert all(plan is plans[8] for plan in plans[8:])
+    same_bits(optimizer.state_dict(), twin.state_dict())
+
+
+def test_a_parameter_written_by_somebody_else_takes_its_master_copy_along(backend: str) -> None:
+    """Weights restored, or one element set: what was not written keeps the digits of the master copy."""
+    params = made(BF16)
+    optimizer = dk.optim.AdamW(params, lr=1e-3, weight_decay=0.0, master_weights=True)
+    train(optimizer, params, range(3))
+    master = optimizer.state[params[1]]["master_param"]
+    before = master.clone()
+    with torch.no_grad():
+        params[1][3] = 5.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert params[1][3] == 5.0 and master[3] == 5.0
+    rest = torch.arange(len(before)) != 3
+    assert_bitwise(master[rest], before[rest])
+    assert (master[rest] != params[1].detach().float()[rest]).any(), "no digit was there to be kept"
+
+
+def test_a_first_step_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """As on a GPU: the state would be made anew by each replay."""
+    params = made()
+    optimizer = dk.optim.AdamW(params)
+    grads(params, 0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="take one step before the capture"):
+        optimizer.step()
+    assert not optimizer.state

@@ -401,3 +401,11 @@ def test_views_and_expanded_gradients(kind: Any, backend: str) -> None:
     assert_bitwise(buffer[::2], q.detach())
     assert_bitwise(buffer[1::2], gaps)
     assert p.data_ptr() == buffer.data_ptr()
+
+
+def test_a_schedule_from_nothing_warns() -> None:
+    """Decay by the schedule is a share of the lr given at construction."""
+    with pytest.warns(UserWarning, match="it is 0: there will be no decay"):
+        dk.optim.SGDW([one()], lr=0.0, weight_decay=0.1)
+    with pytest.raises(ValueError, match="`dampening` must be 0"):
+        dk.optim.SGDW([{"params": [one()], "dampening": 0.5}])
