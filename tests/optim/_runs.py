@@ -52,9 +52,11 @@ def rates(lay: Layout) -> np.ndarray:
     return np.where(tensor, lr.astype(np.float32).astype(np.float64), lr)
 
 
-def groups_of(lay: Layout, params: list[nn.Parameter]) -> list[dict[str, Any]]:
+def groups_of(lay: Layout, params: list[nn.Parameter], device: Any) -> list[dict[str, Any]]:
     made = []
-    tensors = [torch.tensor(LR[lay.family] * (1 + i / 4)) for i in range(4)]  # one for several groups, as callers do
+    tensors = [
+        torch.tensor(LR[lay.family] * (1 + i / 4), device=device) for i in range(4)
+    ]  # one for several groups, as callers do
     for g, options in enumerate(lay.groups):
         lr = LR[lay.family] * (1 + g % 4 / 4)
         group = {k: v for k, v in options.items() if k not in ("tensor_lr", "mode")}
@@ -72,10 +74,10 @@ class Run:
     """An optimizer with options, stepped; `memory[name][s]` is what was stored before step s."""
 
     def __init__(self, family: str, config: dict[str, Any], backend: str, *, steps: int = STEPS, shift: int = 0,
-                 rotate: bool = False, num_groups: int | None = None) -> None:  # fmt: skip
-        self.config, self.steps = config, steps
+                 rotate: bool = False, num_groups: int | None = None, device: Any = "cpu") -> None:  # fmt: skip
+        self.config, self.steps, self.device = config, steps, torch.device(device)
         # The interpreter makes bfloat16 of float32 by cutting off, where a GPU rounds to nearest.
-        self.cuts_off = backend == "triton" and _backend.interpreting()
+        self.cuts_off = backend == "triton" and self.device.type == "cpu"
         c = dict(config)
         self.scaled = c.pop("scaled")
         self.rounds = c["stochastic_rounding"]
@@ -90,19 +92,19 @@ class Run:
         start, self.grads = given(lay, self.scaled)
         self.grads = self.grads[:steps]
         self.lr = rates(lay)[:steps]
-        self.flat = {"param": lay.flat({d: d for d in dtypes})}
+        self.flat = {"param": lay.flat({d: d for d in dtypes}, device)}
         for d, s in lay.segments.items():
             self.flat["param"][d].copy_(torch.from_numpy(start[s]))
         self.params = [nn.Parameter(view) for view in lay.views(self.flat["param"])]
         kind = {"adamw": dk.optim.AdamW, "sgdw": dk.optim.SGDW}[family]
         more = {} if family == "adamw" else {"momentum_scaling": "gradient"}
         with dk.backend(backend):
-            self.optimizer = kind(groups_of(lay, self.params), seed=SEED, **c, **more)
+            self.optimizer = kind(groups_of(lay, self.params, device), seed=SEED, **c, **more)
             self._go()
 
     def _go(self) -> None:
         lay, opt = self.lay, self.optimizer
-        grad_flat = lay.flat({d: d for d in lay.segments})
+        grad_flat = lay.flat({d: d for d in lay.segments}, self.device)
         grads = lay.views(grad_flat)
         lrs = [(g, group["lr"]) for g, group in enumerate(opt.param_groups)]
         tensors = {id(lr): (g, lr) for g, lr in lrs if isinstance(lr, torch.Tensor)}
@@ -119,8 +121,8 @@ class Run:
             for d, part in lay.segments.items():
                 grad_flat[d].copy_(torch.from_numpy(self.grads[s, part]))
             if self.scaled:
-                opt.grad_scale = torch.tensor(SCALE)
-                opt.found_inf = torch.tensor(float(s in FOUND))
+                opt.grad_scale = torch.tensor(SCALE, device=self.device)
+                opt.found_inf = torch.tensor(float(s in FOUND), device=self.device)
             if self.config["skip_nonfinite"] and s in BAD:
                 grads[-1 if grads[-1].numel() else -2].fill_(float("inf"))
                 self.stepped[s] = False
@@ -132,7 +134,8 @@ class Run:
                 for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
                     p.grad = None if s in ABSENT and i % 3 == s % 2 else grad
             opt.step()
-            self.norms.append(opt.grad_norm)
+            norm = opt.grad_norm
+            self.norms.append(None if norm is None else norm.cpu())
             if self.scaled:
                 del opt.grad_scale, opt.found_inf
             if s == 0:
@@ -148,7 +151,7 @@ class Run:
         for name, dtypes in kinds.items():
             if not any(name in state[p] for p in self.params):
                 continue
-            flat = lay.flat(dtypes)
+            flat = lay.flat(dtypes, self.device)
             for p, view in zip(self.params, lay.views(flat), strict=True):
                 if name in state[p]:
                     old = state[p][name]

@@ -209,14 +209,14 @@ class Layout:
             momentum, paper, nesterov = (per_group[k][self.group] for k in ("momentum", "paper", "nesterov"))
             self.h = SimpleNamespace(momentum=momentum, paper=paper > 0, nesterov=nesterov > 0)
 
-    def flat(self, dtypes: dict[torch.dtype, torch.dtype]) -> dict[torch.dtype, Tensor]:
-        return {d: torch.zeros(s.stop - s.start, dtype=dtypes[d]) for d, s in self.segments.items()}
+    def flat(self, dtypes: dict[torch.dtype, torch.dtype], device: Any = "cpu") -> dict[torch.dtype, Tensor]:
+        return {d: torch.zeros(s.stop - s.start, dtype=dtypes[d], device=device) for d, s in self.segments.items()}
 
     def views(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
         return [SHAPES[s][1](flat[d][at : at + SHAPES[s][0]]) for _, d, at, s in self.members]
 
     def read(self, flat: dict[torch.dtype, Tensor]) -> np.ndarray:
-        return torch.cat([flat[d].double() for d in self.segments]).numpy()
+        return torch.cat([flat[d].double() for d in self.segments]).cpu().numpy()
 
 
 @functools.cache
