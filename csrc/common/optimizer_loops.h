@@ -7,6 +7,7 @@
 #include "../math/philox.h"
 #include "loops.h"
 #include "optimizer.h"
+#include "prefetch.h"
 
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
@@ -27,6 +28,13 @@ void with_types(const StepTensor& t, F f) {
       if (t.slot_dtype == Float::kBFloat16) return f(float{}, bfloat16{});
       return f(float{}, float{});
   }
+}
+
+// A vector of an array that is read from its beginning to its end.
+template <class W, class T>
+DL_INLINE typename Lanes<T>::vec load_in_turn(W w, const T* p, int64_t count) {
+  prefetch_page_ahead(p);
+  return load_as(w, p, count);
 }
 
 // f(whole or partial, i, count) for every vector of elements [begin, end).
@@ -134,8 +142,8 @@ struct Parameter {
 
   template <class W>
   DL_INLINE V read(W w, int64_t i, int64_t count) const {
-    if (!kPlain && master) return load_as(w, master + i, count);
-    return load_as(w, param + i, count);
+    if (!kPlain && master) return load_in_turn(w, master + i, count);
+    return load_in_turn(w, param + i, count);
   }
   template <class W>
   DL_INLINE void write(W w, int64_t i, V theta, int64_t count, const uint16_t* random) const {
@@ -143,7 +151,7 @@ struct Parameter {
     store_rounded(w, param + i, theta, count, random);
     if (master) store_as(w, master + i, theta, count);
     if (average) {
-      const V stored = master ? theta : load_as(w, param + i, count), mean = load_as(w, average + i, count);
+      const V stored = master ? theta : load_as(w, param + i, count), mean = load_in_turn(w, average + i, count);
       store_as(w, average + i, mean + average_gain * (stored - mean), count);
     }
   }

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "loops.h"
+#include "prefetch.h"
 
 namespace dlkernels {
 inline namespace CPU_CAPABILITY {
@@ -15,7 +16,10 @@ DL_INLINE void accumulate_vectors(const T* p, int64_t n, S (&s)[4], F f) {
   constexpr int64_t w = Lanes<T>::width;
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w)
-    for (int64_t j = 0; j < 4; ++j) f(s[j], load(p + i + j * w));
+    for (int64_t j = 0; j < 4; ++j) {
+      prefetch_page_ahead(p + i + j * w);
+      f(s[j], load(p + i + j * w));
+    }
   for (; i + w <= n; i += w) f(s[0], load(p + i));
   if (i < n) f(s[1], load_part(p + i, n - i, 0));
 }

@@ -24,9 +24,9 @@ void step_plain(const StepTensor& t, const AdamWScalars& c, int64_t begin, int64
   const T* grad = static_cast<const T*>(t.grad);
   S *m = static_cast<S*>(t.slots[0]), *v = static_cast<S*>(t.slots[1]);
   for_elements<T, 4>(begin, end, [&](auto w, int64_t i, int64_t count) DL_BODY {
-    const V g = load_as(w, grad + i, count) * f.multiplier;
-    const V first = adamw_first_moment(load_as(w, m + i, count), g, f);
-    const V second = adamw_second_moment(load_as(w, v + i, count), g, f);
+    const V g = load_in_turn(w, grad + i, count) * f.multiplier;
+    const V first = adamw_first_moment(load_in_turn(w, m + i, count), g, f);
+    const V second = adamw_second_moment(load_in_turn(w, v + i, count), g, f);
     const V theta = adamw_parameter(parameter.read(w, i, count), first, second, f);
     store_as(w, m + i, first, count);
     store_as(w, v + i, second, count);
@@ -45,15 +45,15 @@ void step_full(const StepTensor& t, const AdamWScalars& c, int64_t begin, int64_
   for (int64_t from = begin; from < end;) {
     const int64_t to = from + randoms.draw(from, end);
     for_elements<T, 1>(from, to, [&](auto w, int64_t i, int64_t count) DL_BODY {
-      const V g = load_as(w, grad + i, count) * f.multiplier;
-      const V first = adamw_first_moment(load_as(w, m + i, count), g, f);
-      V second = adamw_second_moment(load_as(w, v + i, count), g, f);
+      const V g = load_in_turn(w, grad + i, count) * f.multiplier;
+      const V first = adamw_first_moment(load_in_turn(w, m + i, count), g, f);
+      V second = adamw_second_moment(load_in_turn(w, v + i, count), g, f);
       const uint16_t* random = randoms.slot(1, i - from);
       store_rounded(w, m + i, first, count, randoms.slot(0, i - from));
       store_rounded(w, v + i, second, count, random);
       if (largest) {
         if (random) second = load_as(w, v + i, count);  // the maximum of what is stored stays exact
-        second = vmax(second, load_as(w, largest + i, count));
+        second = vmax(second, load_in_turn(w, largest + i, count));
         store_as(w, largest + i, second, count);
       }
       const V theta = adamw_parameter(parameter.read(w, i, count), first, second, f);

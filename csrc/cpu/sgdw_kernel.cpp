@@ -22,8 +22,8 @@ void step_plain(const StepTensor& t, const SgdwScalars& c, int64_t begin, int64_
   const T* grad = static_cast<const T*>(t.grad);
   S* m = static_cast<S*>(t.slots[0]);
   for_elements<T, 4>(begin, end, [&](auto w, int64_t i, int64_t count) DL_BODY {
-    const V g = load_as(w, grad + i, count) * f.multiplier;
-    const V momentum = sgdw_momentum(load_as(w, m + i, count), g, f);
+    const V g = load_in_turn(w, grad + i, count) * f.multiplier;
+    const V momentum = sgdw_momentum(load_in_turn(w, m + i, count), g, f);
     const V d = kNesterov ? sgdw_nesterov(momentum, g, f) : momentum;
     const V theta = sgdw_parameter(parameter.read(w, i, count), d, f);
     store_as(w, m + i, momentum, count);
@@ -42,10 +42,10 @@ void step_full(const StepTensor& t, const SgdwScalars& c, int64_t begin, int64_t
   for (int64_t from = begin; from < end;) {
     const int64_t to = from + randoms.draw(from, end);
     for_elements<T, 1>(from, to, [&](auto w, int64_t i, int64_t count) DL_BODY {
-      const V g = load_as(w, grad + i, count) * f.multiplier;
+      const V g = load_in_turn(w, grad + i, count) * f.multiplier;
       V momentum = sgdw_first_momentum(g, f);
       if (m) {
-        momentum = sgdw_momentum(load_as(w, m + i, count), g, f);
+        momentum = sgdw_momentum(load_in_turn(w, m + i, count), g, f);
         store_rounded(w, m + i, momentum, count, randoms.slot(0, i - from));
       }
       const V d = c.nesterov ? sgdw_nesterov(momentum, g, f) : momentum;
