@@ -46,10 +46,15 @@ class SavedOptimizer(torch.optim.Optimizer):
         capturable = {
             i for g in state_dict["param_groups"] if g.get("capturable") or g.get("fused") for i in g["params"]
         }
+        on_cpu: dict[int, Tensor] = {}  # each counter is waited for once
         for i, state in list(state_dict["state"].items()):
             if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                step = state["step"].clone() if i in capturable else state["step"].detach().cpu().clone()
-                state_dict["state"][i] = {**state, "step": step}
+                step = state["step"].detach()
+                if i not in capturable:
+                    if id(state["step"]) not in on_cpu:
+                        on_cpu[id(state["step"])] = step.cpu()
+                    step = on_cpu[id(state["step"])]
+                state_dict["state"][i] = {**state, "step": step.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` of this class or of torch's optimizer gave.
