@@ -290,6 +290,7 @@ def test_a_required_check_is_never_skipped(monkeypatch: pytest.MonkeyPatch) -> N
     assert must_not_skip({"cpp"}, "any reason")
     assert must_not_skip(set(), "needs interpreter: TRITON_INTERPRET=1 is not set")
     assert not must_not_skip({"gpu"}, "needs gpu: no CUDA device is visible")
+    assert not must_not_skip({"gpu", "cpp"}, "needs gpu: no CUDA device is visible")
     monkeypatch.setenv("DLKERNELS_REQUIRE", "all")
     assert must_not_skip(set(), "too slow")
     monkeypatch.delenv("DLKERNELS_REQUIRE")

@@ -151,14 +151,15 @@ class OptimizerTable {
       loop->run(items_[p.item].tensor, p.begin, p.end);
     });
     std::vector<char> counted(counters_.size(), 0);
-    for (Item& item : items_) {
+    for (const Item& item : items_) {
       if (!item.present) continue;
       const at::Tensor& owner = owners_[item.owner].tensor();
       if (!owner.is_inference()) owner.unsafeGetTensorImpl()->bump_version();
-      item.version = version_of(owner);
       const int64_t c = counter(item);
       if (c >= 0 && !counted[c]) *counters_[c].mutable_data_ptr<float>() += 1, counted[c] = 1;
     }
+    for (Item& item : items_)  // all were counted up by now: views of one tensor share their counter
+      if (item.tensor.master != nullptr) item.version = version_of(owners_[item.owner].tensor());
   }
 
  private:

@@ -307,3 +307,17 @@ def test_a_first_step_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="take one step before the capture"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.needs("cpp")
+def test_parameters_that_share_memory_of_one_tensor_need_no_new_plan() -> None:
+    """As in flat parameters: what is written into one view counts for all of them."""
+    flat = torch.randn(12, dtype=BF16)
+    params = [nn.Parameter(flat[:5]), nn.Parameter(flat[5:])]
+    optimizer = dk.optim.AdamW(params, master_weights=True)
+    plans = []
+    for step in range(4):
+        grads(params, step)
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert all(plan is plans[0] for plan in plans)
