@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import os
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.testing import assert_bitwise
 
 WORLD = 4
@@ -485,72 +481,25 @@ def dk_pairs(b: Part) -> Callable[[Tensor], Any]:
 # The processes --------------------------------------------------------------------------------------------------------
 
 
-def backends() -> list[str]:
-    return ["reference"] if _backend._why_not("cpp", "cpu") else ["reference", "cpp"]
-
-
 def rank_main(rank: int, folder: Path) -> None:
-    """Run every check on each backend; stop at the first failure, after which the ranks may be apart."""
     global PAIR
     from torch.distributed.device_mesh import DeviceMesh
 
-    limit = timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=limit)
-    PAIR = dist.new_group([0, 1], timeout=limit)
+    processes.join(rank, WORLD, folder)
+    PAIR = dist.new_group([0, 1], timeout=processes.LIMIT)
     if rank < 2:
         MESHES[2] = DeviceMesh.from_group(PAIR, "cpu")
     MESHES[WORLD] = DeviceMesh.from_group(dist.group.WORLD, "cpu")
-    said = (folder / f"rank{rank}").open("w")
-    for backend, (name, run) in itertools.product(backends(), CHECKS.items()):
-        try:
-            with dk.backend(backend):
-                run()
-                dist.barrier()
-        except BaseException:
-            print(backend, name, "failed\n", traceback.format_exc(), file=said, flush=True)
-            os._exit(1)  # its peers' collectives fail at once
-        print(backend, name, "passed", file=said, flush=True)
-    dist.barrier()
+    processes.run_checks(rank, folder, CHECKS)
 
 
 def main(folder: Path) -> None:
-    """Import once, then fork: four imports of torch take longer than all checks."""
-    import torch._dynamo
-    import torch.distributed.tensor
 
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(WORLD):
-        if not (child := os.fork()):
-            try:
-                rank_main(rank, folder)
-            finally:
-                os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    processes.fork(WORLD, lambda rank: rank_main(rank, folder))
 
 
 def test_on_four_processes(tmp_path: Path) -> None:
-    """Every check passes on every rank and backend, within a time that a hang exceeds."""
-    root = Path(dk.__file__).parents[1]
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    started = subprocess.Popen(
-        command, env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        printed = started.communicate(timeout=200)[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(started.pid, signal.SIGKILL)
-    files = [tmp_path / f"rank{rank}" for rank in range(WORLD)]
-    said = [file.read_text() if file.exists() else printed[-2000:] for file in files]
-    expected = "".join(f"{backend} {name} passed\n" for backend, name in itertools.product(backends(), CHECKS))
-    assert said == [expected] * WORLD, "\n".join(text.removeprefix(expected)[-3000:] for text in said)
-    if "cpp" not in backends():
-        pytest.skip(f"needs cpp: passed on the reference only; {_backend.C_MISSING}")
+    processes.assert_all_pass(__file__, tmp_path, WORLD, CHECKS)
 
 
 def test_without_torch_distributed() -> None:
