@@ -13,6 +13,7 @@ Environment:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -191,11 +192,15 @@ def cached_object(command: list[str], source: Path, name: str) -> Path | None:
     folder = os.environ.get("DLKERNELS_KERNEL_CACHE")
     if not folder:
         return None
-    compiler = subprocess.run([*cxx().split(), "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{compiler} {command}".encode())
-    for path in (source, *sorted((ROOT / "csrc").rglob("*.h"))):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(f"{compiler_and_headers()} {command}".encode() + source.read_bytes())
     return Path(folder) / f"{source.stem}.{name}.{digest.hexdigest()[:32]}.o"
+
+
+@functools.cache
+def compiler_and_headers() -> str:
+    """One name for what all objects are made with."""
+    version = subprocess.run([*cxx().split(), "--version"], capture_output=True).stdout
+    return hashlib.sha256(version + b"".join(p.read_bytes() for p in sorted((ROOT / "csrc").rglob("*.h")))).hexdigest()
 
 
 def stale(target: Path) -> bool:
