@@ -33,7 +33,7 @@ def of_kept_rows(x: Tensor, noise: Tensor, residual: Tensor | None) -> int:
 def of_step(plan: Plan) -> int:
     """Gradients read, state read and written, parameters too, but only written where a master copy is read."""
     total = 0
-    for item in (item for part in plan.parts for item in part.items):
+    for item in (item for part in plan.parts for item in part.items if plan.owners[item.position].grad is not None):
         param = item.param.numel() * item.param.element_size()
         state = (t for t in (*item.slots, item.master, item.average) if t is not None)
         total += (3 if item.master is None else 2) * param  # the gradient is as large

@@ -22,7 +22,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         m = beta1 m + (1 - beta1) g;    v = beta2 v + (1 - beta2) g^2
         theta = theta - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps) - decay theta
 
-    Everything below `weight_decay` happens in the same read and write of each parameter.
+    Clipping, unscaling, master copies, rounding and averages happen in the same read and write of each parameter.
 
     Args:
         params: parameters, groups of them, or named parameters; float32, float16, bfloat16 or float64, in any dense
@@ -39,9 +39,7 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
         decoupling: "lr": decay = lr * weight_decay, as torch has it; "schedule": decay = eta_t * weight_decay, the
             paper's, with eta_t = lr / the lr given at construction. A group may have its own.
         master_weights: keep a float32 copy of float16 and bfloat16 parameters and step that (`state["master_param"]`).
-            Where something else writes a parameter in between, its copy follows.
-            The parameters are only written: whoever changes them between steps (clamps them, loads a model) changes the
-            copies too, or deletes them from the state, and they are made anew.
+            Where something else writes a parameter in between (clamps it, loads a model), its copy follows.
         stochastic_rounding: round bfloat16 parameters (without master weights) and bfloat16 moments up or down at
             random, so that small steps are not lost. Counted random numbers (Philox) of seed, step and element: the
             result does not depend on threads, launches or sharding.
