@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _backend, _checks
+from .._library import accumulate_dtype
 from ._checkpoints import HALF, SavedOptimizer
 from ._items import Found, is_dense, rolled_back
 from ._options import OPTIONS, check_options
@@ -182,8 +183,7 @@ class FusedOptimizer(SavedOptimizer):
             if self.master_weights and p.dtype in HALF and "master_param" not in state:
                 state["master_param"] = p.detach().to(torch.float32, copy=True)
             if self.ema_decay is not None and "ema" not in state:
-                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                state["ema"] = state.get("master_param", p).detach().to(wide, copy=True)
+                state["ema"] = state.get("master_param", p).detach().to(accumulate_dtype(p.dtype), copy=True)
             self._lay_out(state, p)
 
     def _is_complete(self, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> bool:
@@ -293,18 +293,22 @@ class FusedOptimizer(SavedOptimizer):
             run(plan, self)
         return loss
 
+    def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Every parameter, with its position among all and the number of its group."""
+        position = 0
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                yield position, g, p
+                position += 1
+
     def _build(self) -> Plan | None:
         """Check everything, then make state and lists. None when there is nothing to do."""
-        found = []
-        position = 0
         check_options(self.__dict__)
-        for g, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             self._check_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    found.append(Found(position, g, p))
-                position += 1
-        if not found and not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+        owners = list(self._parameters())
+        found = [Found(position, g, p) for position, g, p in owners if p.grad is not None]
+        if not found and not any(is_sharded(p) for *_, p in owners):
             return None
         self._refuse_to_begin_in_a_capture(found)
         self._split_counters(found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._library import accumulate_dtype
 from ._items import MOMENTS, Found, Item, Row, Scalars, follow_parameters, is_dense
 from ._sharding import is_sharded, local_of, norm_key, place_of, reduce_squares
 
@@ -51,7 +52,7 @@ class Plan:
 
         self.repeats = True  # whether the same lists serve the next step
         self.copies: list[tuple[Tensor, Tensor]] = []  # what is not dense, and the dense tensor stepped in its place
-        self.owners = [p for group in optimizer.param_groups for p in group["params"]]
+        self.owners = [p for *_, p in optimizer._parameters()]
         self.sharded = any(is_sharded(p) for p in self.owners)
         # Of all parameters, whether they have a gradient or not: ranks that differ in that make the same sums together.
         self.keys = list(dict.fromkeys(norm_key(p) for p in self.owners))
@@ -89,17 +90,15 @@ class Plan:
     def _add_waiting(self, optimizer: FusedOptimizer) -> None:
         """Parameters that have state and no gradient now: once they have one, the table steps them too."""
         part = self.parts[0]
-        position = -1
-        for g, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                position += 1
-                state = optimizer.state.get(p)
-                if position in self.states or not state or not is_dense(p) or p.device != part.device:
-                    continue
-                tensors = [x for x in state.values() if isinstance(x, Tensor) and x.dim() == p.dim()]
-                if optimizer._is_complete(state, group, p) and all(x.stride() == p.stride() for x in tensors):
-                    with contextlib.suppress(TypeError, ValueError):  # what is wrong is said when it has a gradient
-                        part.items.append(self._item(optimizer, Found(position, g, p), part))
+        for position, g, p in optimizer._parameters():
+            state = optimizer.state.get(p)
+            if position in self.states or not state or not is_dense(p) or p.device != part.device:
+                continue
+            tensors = [x for x in state.values() if isinstance(x, Tensor) and x.dim() == p.dim()]
+            complete = optimizer._is_complete(state, optimizer.param_groups[g], p)
+            if complete and all(x.stride() == p.stride() for x in tensors):
+                with contextlib.suppress(TypeError, ValueError):  # what is wrong is said when it has a gradient
+                    part.items.append(self._item(optimizer, Found(position, g, p), part))
         part.items.sort(key=lambda item: item.position)  # the order of sums is that of a plan with all of them
 
     def _note_versions(self) -> None:
@@ -173,8 +172,7 @@ class Plan:
                 f"a state tensor must have its parameter's shape and device, {tuple(param.shape)} on {param.device}, "
                 f"got {tuple(part.shape)} on {part.device}"
             )
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        allowed = (wide,) if name in ("master_param", "ema") else MOMENTS[param.dtype]
+        allowed = (accumulate_dtype(param.dtype),) if name in ("master_param", "ema") else MOMENTS[param.dtype]
         if part.dtype not in allowed:
             raise TypeError(
                 f"`{name}` of a {param.dtype} parameter must be {' or '.join(map(str, allowed))}, got {part.dtype}"

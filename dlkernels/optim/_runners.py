@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._library import accumulate_dtype
 from ..reference._rounding import random_bits, stochastic_round
 from ..reference.adamw import adamw, moments, parameter
 from ..reference.sgdw import sgdw
@@ -138,7 +139,7 @@ class ReferenceRunner:
     def _update(self, item: Item, row: Row, factor: float) -> None:
         lr, decay_rate, sign, *rest = (float(value) for value in row.values)
         t = 0 if row.step is None else int(row.step.item())
-        wide = torch.float64 if item.param.dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(item.param.dtype)
         theta = (item.param if item.master is None else item.master).to(wide)
         g = item.grad.to(wide) * (sign * factor)
         slots = [None if s is None else s.to(wide) for s in item.slots]

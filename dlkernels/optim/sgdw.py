@@ -84,7 +84,6 @@ class SGDW(FusedOptimizer):
         seed: int = 0,
     ) -> None:
         _checks.one_of("decoupling", decoupling, DECOUPLINGS)
-        _checks.one_of("momentum_scaling", momentum_scaling, MOMENTUM_SCALINGS)
         self.decoupling, self.momentum_scaling = decoupling, momentum_scaling
         self._set_options(
             {
