@@ -7,7 +7,7 @@ Environment:
     DLKERNELS_CUDA=auto|0|1    CUDA part: when torch has CUDA and nvcc is found (default), never, or an error
     TORCH_CUDA_ARCH_LIST       architectures of the CUDA part, as torch reads it; no GPU is looked for
     MAX_JOBS                   compilers at a time
-    DLKERNELS_KERNEL_CACHE     a folder: objects of the CPU loops are kept there and taken from there. They hold nothing
+    DLKERNELS_KERNEL_CACHE     a folder: objects of the kernels are kept there and taken from there. They hold nothing
                                of torch or Python, so that builds for several of these share them
 """
 
@@ -122,19 +122,21 @@ def build_options() -> dict:
     cpu_torch = torch.version.cuda is None and switch("DLKERNELS_CUDA") == "auto"  # nothing to warn of
     cuda = not cpu_torch and wanted("DLKERNELS_CUDA", cuda_problem(), "building for CPU only")
 
-    sources = sorted(p for folder in ("csrc", "csrc/cpu", "csrc/common") for p in (ROOT / folder).glob("*.cpp"))
+    folders = ["csrc", "csrc/cpu", "csrc/common", *(["csrc/cuda"] if cuda else [])]
+    sources = sorted(p for folder in folders for p in (ROOT / folder).glob("*.cpp"))
     kernels = [p for p in sources if p.stem.endswith("_kernel")]
+    cuda_kernels = sorted((ROOT / "csrc" / "cuda").glob("*_kernel.cu")) if cuda else []
     macros = []
     if cuda:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
         macros = [("DLKERNELS_WITH_CUDA", None), ("DLKERNELS_CUDA_ARCHS", f'"{archs}"')]
-        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extension = make(
         "dlkernels._C",
         [str(p.relative_to(ROOT)) for p in sources if p not in kernels],
-        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")] + [str(p) for p in kernels],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
+        + [str(p) for p in [*kernels, *cuda_kernels]],
+        extra_compile_args={"cxx": CXX_FLAGS},
         define_macros=macros,
     )
 
@@ -143,6 +145,9 @@ def build_options() -> dict:
 
         def build_extension(self, ext):
             objects = compile_kernels(kernels, Path(self.build_temp))
+            if cuda_kernels:
+                nvcc = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), *cpp_extension._get_cuda_arch_flags()]
+                objects += compile_cuda(cuda_kernels, Path(self.build_temp), nvcc)
             ext.extra_objects = [str(o) for o in objects]
             ext.depends += ext.extra_objects
             super().build_extension(ext)
@@ -160,23 +165,36 @@ def build_options() -> dict:
 
 def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
     """One object per kernel file and instruction set, with the flags that only these files may have."""
-    folder = folder / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
     quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in gcc's own AVX-512 headers
     jobs = []
     for source in kernels:
         for name, flags in INSTRUCTION_SETS.items():
-            target = folder / f"{source.stem}.{name}.o"
             command = [*cxx().split(), *CXX_FLAGS, *quiet, "-std=c++17", *flags, f"-DCPU_CAPABILITY={name}", "-fPIC"]
-            cached = cached_object(command, source, name)
-            if stale(target) and not (cached and cached.exists()):
-                made_of = ["-MMD"]  # beside the object in a .d file
-                jobs.append(([*command, *made_of, "-c", str(source), "-o", str(target)], target, cached))
-            elif stale(target):
-                shutil.copy(cached, target)
-                target.with_suffix(".d").unlink(missing_ok=True)
+            jobs.append((source, name, command))
+    return compile_objects(jobs, folder / "kernels")
+
+
+def compile_cuda(kernels: list[Path], folder: Path, nvcc: list[str]) -> list[Path]:
+    """One object per file of CUDA kernels, for all architectures. They hold nothing of torch."""
+    command = [*nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    return compile_objects([(source, "CUDA", command) for source in kernels], folder / "kernels")
+
+
+def compile_objects(jobs: list[tuple[Path, str, list[str]]], folder: Path) -> list[Path]:
+    """The object of each source, name and command: kept, taken from the cache, or made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to_make = []
+    for source, name, command in jobs:
+        target = folder / f"{source.stem}.{name}.o"
+        cached = cached_object(command, source, name)
+        if stale(target) and not (cached and cached.exists()):
+            made_of = ["-MMD"]  # beside the object in a .d file
+            to_make.append(([*command, *made_of, "-c", str(source), "-o", str(target)], target, cached))
+        elif stale(target):
+            shutil.copy(cached, target)
+            target.with_suffix(".d").unlink(missing_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        for (job, target, cached), done in zip(jobs, pool.map(subprocess.run, [job for job, *_ in jobs])):
+        for (job, target, cached), done in zip(to_make, pool.map(subprocess.run, [job for job, *_ in to_make])):
             if done.returncode:
                 raise SystemExit(f"compiling failed: {' '.join(job)}")
             if cached:
@@ -184,7 +202,7 @@ def compile_kernels(kernels: list[Path], folder: Path) -> list[Path]:
                 partial = cached.with_suffix(f".{os.getpid()}")
                 shutil.copy(target, partial)
                 partial.replace(cached)  # whole, or not there
-    return [folder / f"{source.stem}.{name}.o" for source in kernels for name in INSTRUCTION_SETS]
+    return [folder / f"{source.stem}.{name}.o" for source, name, _ in jobs]
 
 
 def cached_object(command: list[str], source: Path, name: str) -> Path | None:

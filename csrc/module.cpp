@@ -18,6 +18,10 @@
 #include "cpu/stochastic_depth_eager.h"
 #include "cpu/weight_norm_eager.h"
 
+#ifdef DLKERNELS_WITH_CUDA
+#include "common/cuda_call.h"
+#endif
+
 #ifndef DLKERNELS_CUDA_ARCHS
 #define DLKERNELS_CUDA_ARCHS ""
 #endif
@@ -63,6 +67,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
+#ifdef DLKERNELS_WITH_CUDA
+  m.def("cuda_code_problem", &dlkernels::cuda_code_problem);
+#endif
   dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);
   dlkernels::bind_gccs_loss(m);

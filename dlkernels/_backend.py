@@ -1,7 +1,8 @@
 """Which implementation serves a call: what is installed, what was asked for, and why.
 
 CPU tensors: compiled C++ (`cpp`), else the plain PyTorch `reference`, with one warning.
-CUDA tensors: Triton, else `reference` with one warning.
+CUDA tensors: CUDA C++ (`cuda`) where it is built and has a kernel for the op, else Triton, else `reference` with one
+warning.
 """
 
 from __future__ import annotations
@@ -55,6 +56,45 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 C, C_MISSING = _load_extension()
 
 
+def _load_twin() -> ModuleType | None:
+    """The CUDA kernels compiled for the host, which tests build (tests/cuda_host): as "cuda", they take CPU tensors."""
+    path = os.environ.get("DLKERNELS_CUDA_HOST", "")
+    if not path:
+        return None
+    spec = importlib.util.spec_from_file_location("_cuda_host", path)
+    if spec is None or spec.loader is None or not Path(path).exists():
+        raise ImportError(f"`DLKERNELS_CUDA_HOST` must be the path of a library, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TWIN = _load_twin()
+CUDA_OPS: set[str] = set()  # ops with a kernel in CUDA C++, in this build or in its host twin
+
+
+def cuda_module(device_type: str) -> ModuleType | None:
+    """The compiled module whose CUDA kernels take tensors of this device."""
+    return TWIN if device_type == "cpu" else C
+
+
+@functools.cache
+def cuda_missing(device_type: str) -> str:
+    """Empty when there are CUDA C++ kernels for tensors of this device, else the reason."""
+    if device_type == "cpu":
+        return "" if TWIN is not None else "CUDA C++ serves CPU tensors in its tests only"
+    if device_type != "cuda":
+        return f"it does not serve {device_type} tensors"
+    if C is None:
+        return C_MISSING
+    if not C.build_info()["cuda"]:
+        return "dlkernels._C was built without CUDA: build with a CUDA build of torch, nvcc and DLKERNELS_CUDA=1"
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return str(C.cuda_code_problem(10 * major + minor))
+
+
 def triton_installed() -> bool:
     """Whether there is a triton to import: asked without importing it."""
     return importlib.util.find_spec("triton") is not None
@@ -77,8 +117,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
-def _why_not(backend: str, device_type: str) -> str:
-    """Empty when `backend` can serve tensors of `device_type`, else the reason."""
+def _why_not(backend: str, device_type: str, op: str | None = None) -> str:
+    """Empty when `backend` can serve tensors of `device_type`, else the reason. Without an op, of some op."""
     if backend == "reference":
         return ""
     if backend == "cpp":
@@ -94,6 +134,8 @@ def _why_not(backend: str, device_type: str) -> str:
             return "it serves CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
         return f"it does not serve {device_type} tensors"
     if backend == "cuda":
+        if cuda_missing(device_type) or op is None or op in CUDA_OPS:
+            return cuda_missing(device_type)
         return "no CUDA C++ kernel exists for this op: Triton serves it"
     raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -143,10 +185,10 @@ def backend(name: str) -> Iterator[None]:
         state.forced = before
 
 
-def default_for(device_type: str) -> str:
+def default_for(device_type: str, op: str | None = None) -> str:
     """The backend that serves tensors of this device when nothing is forced."""
-    order = {"cpu": ("cpp",), "cuda": ("triton",)}.get(device_type, ())
-    return next((name for name in order if not _why_not(name, device_type)), "reference")
+    order = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    return next((name for name in order if not _why_not(name, device_type, op)), "reference")
 
 
 def _outside(*more: str) -> int:
@@ -169,22 +211,22 @@ def _warn_reference(device_type: str) -> None:
     )
 
 
-def choose(device_type: str) -> str:
-    """The backend for a call on this device; raises when the one asked for cannot serve it."""
+def choose(device_type: str, op: str | None = None) -> str:
+    """The backend for a call of an op on this device; raises when the one asked for cannot serve it."""
     if state.forced is not None:
-        reason = _why_not(state.forced, device_type)
+        reason = _why_not(state.forced, device_type, op)
         if reason:
             raise RuntimeError(f"backend {state.forced!r} cannot serve this call: {reason}")
         return state.forced
-    name = default_for(device_type)
+    name = default_for(device_type, op)
     if name == "reference" and device_type != "meta" and not torch.compiler.is_compiling():
         _warn_reference(device_type)
     return name
 
 
-def intercepted(device_type: str) -> bool:
+def intercepted(device_type: str, op: str) -> bool:
     """True when a forced backend is not the one that the dispatcher would pick: call its launcher directly."""
-    return state.forced is not None and state.forced not in ("reference", default_for(device_type))
+    return state.forced is not None and state.forced not in ("reference", default_for(device_type, op))
 
 
 def fast() -> ModuleType | None:

@@ -44,7 +44,7 @@ def build_info() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if cuda else None,
         "cuda_capability": ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None,
         "forced": _backend.state.forced,
-        "ops": {name: {device: _active(device) for device in ("cpu", "cuda")} for name in names},
+        "ops": {name: {device: _active(device, name) for device in ("cpu", "cuda")} for name in names},
     }
 
 
@@ -54,18 +54,15 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _active(device: str) -> dict[str, str]:
-    """The backend that serves a call on this device now, and why the better one does not."""
+def _active(device: str, op: str) -> dict[str, str]:
+    """The backend that serves a call of an op on this device now, and why the better one does not."""
     forced = _backend.state.forced
     if forced is not None:
-        reason = _backend._why_not(forced, device)
+        reason = _backend._why_not(forced, device, op)
         return {"backend": forced, "why": f"forced, and cannot serve it: {reason}" if reason else "forced"}
-    name = _backend.default_for(device)
+    name = _backend.default_for(device, op)
     if device == "cpu":
         return {"backend": name, "why": _backend.C_MISSING}
-    if not torch.cuda.is_available():
-        return {"backend": name, "why": "no CUDA device is visible"}
-    return {
-        "backend": name,
-        "why": _backend._why_not("cuda", device) if name == "triton" else _backend.triton_missing(),
-    }
+    reasons = {"cuda": "", "triton": _backend._why_not("cuda", device, op)}
+    why = reasons.get(name, _backend.triton_missing())
+    return {"backend": name, "why": why if torch.cuda.is_available() else "no CUDA device is visible"}

@@ -43,9 +43,9 @@ class FusedFunction(torch.autograd.Function):
     @classmethod
     def kernel(cls, *args: Any) -> Any:
         """Run the kernel: below autograd, on the backend in force."""
-        if _backend.intercepted(_first_tensor(args).device.type):
+        if _backend.intercepted(_first_tensor(args).device.type, cls.op_name()):
             with torch.profiler.record_function(f"dlkernels::{cls.op_name()}"):
-                return launcher(cls.family, cls.op_name())(*args)
+                return forced_launcher(cls.family, cls.op_name())(*args)
         return getattr(torch.ops.dlkernels, cls.op_name()).default(*args)
 
     @classmethod
@@ -59,13 +59,43 @@ def launcher(family: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"dlkernels.triton.{family}"), name)
 
 
+def forced_launcher(family: str, name: str) -> Callable[..., Any]:
+    """The kernel of an op on a forced backend that the dispatcher would not pick."""
+    if _backend.state.forced == "cuda":
+        return getattr(torch.ops.dlkernels_cuda_host, name).default
+    return launcher(family, name)
+
+
+# Ops with a kernel in CUDA C++ exist twice more: as Triton serves them, which is where CUDA C++ hands on what it has no
+# kernel for, and as its host twin serves them.
+_TRITON = torch.library.Library("dlkernels_triton", "DEF")
+_TWIN = torch.library.Library("dlkernels_cuda_host", "DEF") if _backend.TWIN is not None else None
+
+
+def _register_kernels(schema: str, family: str) -> None:
+    """What serves a newly defined op on GPUs: CUDA C++ where the extension brought a kernel, else Triton."""
+    name = schema.split("(", 1)[0]
+    if _TWIN is not None:
+        _TWIN.define(schema)
+    in_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{name}", "CUDA")
+    in_twin = torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels_cuda_host::{name}", "CPU") if _TWIN else False
+    in_triton = _backend.triton_installed()
+    if in_triton and not in_cpp:
+        LIBRARY.impl(name, lambda *args: launcher(family, name)(*args), "CUDA")
+    if in_cpp or in_twin:
+        _backend.CUDA_OPS.add(name)
+        _TRITON.define(schema)
+        if in_triton:
+            for key in ("CPU", "CUDA"):
+                _TRITON.impl(name, lambda *args: launcher(family, name)(*args), key)
+
+
 def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
     """Define the op and attach its fake, gradient, vmap rule and Triton launcher."""
     name = f"dlkernels::{cls.op_name()}"
     LIBRARY.define(cls.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    if _backend.triton_installed():
-        LIBRARY.impl(cls.op_name(), lambda *args: launcher(cls.family, cls.op_name())(*args), "CUDA")
+    _register_kernels(cls.schema, cls.family)
     torch.library.register_autograd(name, cls.backward, setup_context=cls.setup_context, lib=LIBRARY)
     torch.library.register_vmap(name, cls.vmap, lib=LIBRARY)
     OPS[cls.op_name()] = cls
@@ -74,7 +104,7 @@ def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*args)
-        if transforms_active() or _backend.intercepted(_first_tensor(args).device.type):
+        if transforms_active() or _backend.intercepted(_first_tensor(args).device.type, cls.op_name()):
             return cls.apply(*args)
         return overload(*args)
 
@@ -86,18 +116,16 @@ def register_mutation(schema: str, family: str) -> Callable[..., None]:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"dlkernels::{name}", lambda *args: None, lib=LIBRARY)
-
-    if _backend.triton_installed():
-        LIBRARY.impl(name, lambda *args: launcher(family, name)(*args), "CUDA")
+    _register_kernels(schema, family)
     MUTATIONS.append(name)
     overload = getattr(torch.ops.dlkernels, name).default
 
     def call(*args: Any) -> None:
         if torch.compiler.is_compiling():
             return overload(*args)
-        if _backend.intercepted(args[0].device.type):
+        if _backend.intercepted(args[0].device.type, name):
             with torch.profiler.record_function(f"dlkernels::{name}"):
-                launcher(family, name)(*args)
+                forced_launcher(family, name)(*args)
         else:
             overload(*args)
         torch.autograd.graph.increment_version(args[0])  # a graph that has saved it must notice
@@ -242,15 +270,17 @@ def stored_grad_is_free(stored: Tensor) -> bool:
         type(stored) is Tensor
         and not torch.compiler.is_compiling()
         and not transforms_active()
-        and _backend.choose(stored.device.type) == "triton"
+        and _backend.choose(stored.device.type, "scale_stored_grad_") in ("triton", "cuda")
         and not graph_is_kept()
     )
 
 
 def scale_in_place(grad_output: Tensor, stored: Tensor, divisor: Tensor | None) -> Tensor:
     """stored *= grad_output [/ divisor]; a launch that ends early where the factor is 1."""
-    from .triton.stored_grad import scale_stored_grad_
-
-    with torch.profiler.record_function("dlkernels::scale_stored_grad_"):
-        scale_stored_grad_(grad_output, stored, divisor)
+    _scale_stored_grad_(stored, grad_output, divisor)
     return stored
+
+
+_scale_stored_grad_ = register_mutation(
+    "scale_stored_grad_(Tensor(a!) stored, Tensor grad_output, Tensor? divisor) -> ()", "stored_grad"
+)

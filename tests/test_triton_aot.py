@@ -253,7 +253,7 @@ def bind() -> dict[str, int]:
         focal_loss.sigmoid_focal_loss_bwd(one.expand(n, 91), x, x > 0, 0.25, gamma, -100)
         focal_loss.softmax_focal_loss_fwd(x, t, None, None, gamma, 0.0, -int(n), False, 1, True, True)
         focal_loss.softmax_focal_loss_bwd(one.expand(n), x, x, x[0], gamma, 0.0, -100)
-        stored_grad.scale_stored_grad_(one, x, one)
+        stored_grad.scale_stored_grad_(x, one, one)
         options = (40.0 * gamma, gamma, 1e-5 * gamma, 0.1 * gamma, -int(n))
         gccs_loss.gccs_loss_fwd(x, t, *options, 1, True, True)
         gccs_loss.gccs_loss_bwd(one.expand(91), x, t, *options)

@@ -123,7 +123,7 @@ struct ActivationTag {
   static constexpr Activation value = A;
 };
 template <class F>
-auto with_activation(Activation a, F f) {
+DL_HOST_DEVICE auto with_activation(Activation a, F f) {
   switch (a) {
     case Activation::kRelu: return f(ActivationTag<Activation::kRelu>{});
     case Activation::kLeakyRelu: return f(ActivationTag<Activation::kLeakyRelu>{});
@@ -135,7 +135,7 @@ auto with_activation(Activation a, F f) {
 }
 
 template <class A>
-A gate(Gate kind, A z) {
+DL_INLINE A gate(Gate kind, A z) {
   switch (kind) {
     case Gate::kHardSigmoid: {
       const A shifted = z + 3;
@@ -147,7 +147,7 @@ A gate(Gate kind, A z) {
 }
 // d gate / dz from the gate's value e.
 template <class A>
-A gate_slope(Gate kind, A e) {
+DL_INLINE A gate_slope(Gate kind, A e) {
   switch (kind) {
     case Gate::kHardSigmoid: return e > 0 && e < 1 ? A(1) / 6 : A(0);
     case Gate::kRelu: return e > 0 ? A(1) : A(0);

@@ -4,6 +4,12 @@
 // machine without it.
 #pragma once
 
+#if defined(__CUDACC__) || defined(DL_CUDA_HOST)
+
+#include "cuda_math.h"  // the same names for one number, in kernels for GPUs
+
+#else
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +31,7 @@
 #endif
 
 #define DL_INLINE inline __attribute__((always_inline))
+#define DL_HOST_DEVICE  // a function that kernels for GPUs call too
 // Behind the parameters of a lambda that is the body of a loop.
 #define DL_BODY __attribute__((always_inline))
 
@@ -476,3 +483,5 @@ DL_INLINE void store_fence() {
 
 }  // namespace CPU_CAPABILITY
 }  // namespace dlkernels
+
+#endif

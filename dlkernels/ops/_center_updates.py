@@ -56,7 +56,7 @@ def apply_update_(
 ) -> None:
     """`update_centers_` of checked arguments, on this device alone."""
     x, y, a = prepared(features.detach(), labels, None if attention is None else attention.detach())
-    if _backend.choose(centers.device.type) == "reference":
+    if _backend.choose(centers.device.type, "update_centers_") == "reference":
         check_labels(y, centers.shape[0], ignore_index)
         sums, counts = reference.class_sums(x, y, centers, a, logits, ignore_index)
         centers.copy_(reference.updated_centers(centers, sums, counts, alpha, ema, island_weight))

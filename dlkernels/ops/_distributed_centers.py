@@ -87,7 +87,7 @@ def exchange(labels: Tensor, num_classes: int, ignore_index: int, group: Any) ->
 def class_sums(x: Tensor, y: Tensor, centers: Tensor, attention: Tensor | None, logits: bool) -> tuple[Tensor, Tensor]:
     """sum A_i (x_i - c_j) over the rows of class j (K, D) and their number (K,); y of int64, negative is left out."""
     x, y, attention = prepared(x, y, attention)
-    if _backend.choose(x.device.type) == "reference":
+    if _backend.choose(x.device.type, "center_loss_bwd") == "reference":
         return reference.class_sums(x, y, centers, attention, logits, -1)
     # The gradient of the summed loss in the centers, times -1: the operator adds the rows in a fixed order.
     dtype = accumulate_dtype(x.dtype)

@@ -189,7 +189,7 @@ def _update(
 
 def _plain(local: Tensor) -> bool:
     """Also where the shard is one center: the operators know that one center has no pairs, and these are of all."""
-    return local.shape[0] < 2 or _backend.choose(local.device.type) == "reference"
+    return local.shape[0] < 2 or _backend.choose(local.device.type, "island_pairs_fwd") == "reference"
 
 
 def _total(local: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:

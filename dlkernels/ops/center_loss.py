@@ -338,7 +338,7 @@ def _center_loss(
     code = _checks.reduction_code(reduction)
     check_arguments(features, labels, centers, ignore_index)
     x, y, a = prepared(features, labels, attention)
-    plain = _backend.choose(features.device.type) == "reference" or has_tangent(x, centers, a)
+    plain = _backend.choose(features.device.type, "center_loss_fwd") == "reference" or has_tangent(x, centers, a)
     if plain or (transforms_active() and code != NONE):
         if plain:
             check_labels(y, centers.shape[0], ignore_index)
@@ -362,6 +362,6 @@ def island_pairs(centers: Tensor) -> Tensor:
         from ._sharded_centers import pairs_of_shards
 
         return pairs_of_shards(centers)
-    if _backend.choose(centers.device.type) == "reference" or has_tangent(centers):
+    if _backend.choose(centers.device.type, "island_pairs_fwd") == "reference" or has_tangent(centers):
         return reference.island_pairs(centers)
     return IslandPairs.call(centers.contiguous())[0]

@@ -85,7 +85,7 @@ def sigmoid_focal_loss(
     elif targets.dtype in (torch.int8, torch.int16):
         targets = targets.int()
 
-    serve = _backend.choose(inputs.device.type)
+    serve = _backend.choose(inputs.device.type, "sigmoid_focal_loss_fwd")
     plain = serve == "reference" or wants_grad(targets) or has_tangent(inputs)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:
@@ -257,7 +257,11 @@ def _softmax(
         t = target.reshape(x.shape[:1] + x.shape[2:])
         t = t if t.dtype in (torch.int64, torch.int32) else t.int()
 
-    plain = _backend.choose(input.device.type) == "reference" or wants_grad(t) or wants_grad(weight)
+    plain = (
+        _backend.choose(input.device.type, "softmax_focal_loss_fwd") == "reference"
+        or wants_grad(t)
+        or wants_grad(weight)
+    )
     plain = plain or has_tangent(x)
     if plain or (transforms_active() and code != NONE):
         if code == MEAN:

@@ -99,7 +99,7 @@ def gccs_loss(
     if not is_compiling() and 0 < features.shape[0] < 2 * features.shape[1]:
         _warn_small_batch()
 
-    plain = bool(full) or _backend.choose(features.device.type) == "reference" or has_tangent(features)
+    plain = bool(full) or _backend.choose(features.device.type, "gccs_loss_fwd") == "reference" or has_tangent(features)
     if plain or (transforms_active() and code != NONE):
         if plain:
             _check_labels(labels, features.shape[1], ignore_index)

@@ -79,7 +79,7 @@ def region_biased_loss(
     if mask is not None:
         check_mask(mask, attention, "attention")
 
-    plain = _backend.choose(attention.device.type) == "reference" or has_tangent(attention)
+    plain = _backend.choose(attention.device.type, "region_biased_loss_fwd") == "reference" or has_tangent(attention)
     if plain or (transforms_active() and code != NONE):
         if plain:
             rows = reference.region_biased_loss(attention, mask, origin, margin, softmax)

@@ -83,7 +83,7 @@ def squeeze_excite(
     residual = residual.movedim(-1, 1) if residual is not None and channels_inner else residual
     w1, w2 = _check_weights(x, w1, b1, w2, b2)
 
-    if _backend.choose(x.device.type) == "reference" or has_tangent(x, w1, b1, w2, b2, residual):
+    if _backend.choose(x.device.type, "squeeze_excite_fwd") == "reference" or has_tangent(x, w1, b1, w2, b2, residual):
         y = reference.squeeze_excite(x, w1, b1, w2, b2, residual, *codes)
     else:
         channels_last = _layout.is_channels_last(x)

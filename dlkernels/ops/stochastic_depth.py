@@ -77,7 +77,7 @@ def stochastic_depth(
     shape = (n, math.prod(input.shape[1:]) if by_row else input.numel())
     x, r = (None if t is None else (t.movedim(1, -1) if last else t) for t in (input, residual))
     rows, r_rows = (None if t is None else t.contiguous().view(shape) for t in (x, r))
-    if _backend.choose(input.device.type) == "reference" or has_tangent(input, residual):
+    if _backend.choose(input.device.type, "stochastic_depth_fwd") == "reference" or has_tangent(input, residual):
         y = reference.stochastic_depth(rows, noise, r_rows).view(x.shape)
     else:
         y = StochasticDepth.call(rows, noise, r_rows).view(x.shape)

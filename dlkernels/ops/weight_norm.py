@@ -52,7 +52,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
             return w
 
     dim = _check(v, g, dim)
-    if _backend.choose(v.device.type) == "reference" or has_tangent(v, g):
+    if _backend.choose(v.device.type, "weight_norm_fwd") == "reference" or has_tangent(v, g):
         dims = tuple(i for i in range(v.dim()) if i != dim)
         if not dims and v.dim():
             return reference.weight_norm(v.unsqueeze(-1), g.unsqueeze(-1), (1,))[0].squeeze(-1)

@@ -66,7 +66,11 @@ class Plan:
             part.found.append(f)
             part.items.append(self._item(optimizer, f, part))
         self.forced = _backend.state.forced
-        if len(self.parts) == 1 and not self.sharded and _backend.choose(self.parts[0].device.type) == "cpp":
+        if (
+            len(self.parts) == 1
+            and not self.sharded
+            and _backend.choose(self.parts[0].device.type, optimizer._family) == "cpp"
+        ):
             self._add_waiting(optimizer)
         for part in self.parts:
             part.runner = make_runner(

@@ -21,7 +21,7 @@ FAMILIES = ("adamw", "sgdw")
 def make_runner(family: str, items: list[Item], rows: list[Row], owners: list[Tensor], **options: Any) -> Any:
     """The runner for the items of one device."""
     device = items[0].param.device
-    backend = _backend.choose(device.type)
+    backend = _backend.choose(device.type, family)
     if backend == "cpp":
         return CppRunner(family, items, rows, owners, **options)
     if backend == "triton":

@@ -51,7 +51,7 @@ def scale_stored_grad(grad_output: Tensor, stored: Tensor, divisor: Tensor | Non
     return out
 
 
-def scale_stored_grad_(grad_output: Tensor, stored: Tensor, divisor: Tensor | None) -> None:
+def scale_stored_grad_(stored: Tensor, grad_output: Tensor, divisor: Tensor | None) -> None:
     """The same in place; a factor of exactly 1 costs one small read per program."""
     if not stored.is_contiguous():
         raise ValueError(f"`stored` must be contiguous, got strides {stored.stride()}")

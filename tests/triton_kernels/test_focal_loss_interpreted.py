@@ -427,7 +427,7 @@ def test_scale_stored_gradient(dtype: torch.dtype, numel: int) -> None:
         assert_within_budget(out, exact, exact.to(dtype))
         assert (torch.equal(stored, before) and out.data_ptr() != stored.data_ptr()) or numel == 0
         again = stored.clone()
-        stored_grad.scale_stored_grad_(torch.tensor(factor), again, by)
+        stored_grad.scale_stored_grad_(again, torch.tensor(factor), by)
         assert_bitwise(again, out)
 
 
@@ -446,7 +446,7 @@ def test_nothing_waits_for_the_device() -> None:
         for reduction, given in ((NONE, None), (MEAN, None), (SUM, norm)):
             focal_loss.sigmoid_focal_loss_fwd(x, t, given, 0.25, 2.0, -1, reduction, True, True)
             focal_loss.softmax_focal_loss_fwd(x, t, None, given, 2.0, 0.0, -1, False, reduction, True, True)
-        stored_grad.scale_stored_grad_(norm, x.clone(), norm)
+        stored_grad.scale_stored_grad_(x.clone(), norm, norm)
 
 
 def test_bitwise_equal_between_runs() -> None:

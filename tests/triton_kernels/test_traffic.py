@@ -47,7 +47,7 @@ def test_sigmoid_mean_moves_three_passes(rows: int, dtype: torch.dtype) -> None:
     t = (torch.rand(rows, 1001) < 0.2).to(dtype)
     with interpreter_traffic(x=x, t=t) as traffic:
         _, grad, divisor = focal_loss.sigmoid_focal_loss_fwd(x, t, None, 0.25, 2.0, -100, MEAN, True, True)
-        stored_grad.scale_stored_grad_(torch.ones(()), grad, divisor if dtype == torch.float16 else None)
+        stored_grad.scale_stored_grad_(grad, torch.ones(()), divisor if dtype == torch.float16 else None)
     least = 3 * x.numel() * x.element_size()
     assert traffic.by_tensor == {"x": [least // 3, 0], "t": [least // 3, 0]}
 
@@ -75,7 +75,7 @@ def test_softmax_mean_moves_two_passes(shape: tuple[int, ...]) -> None:
     t = torch.randint(0, shape[1], shape[:1] + shape[2:])
     with interpreter_traffic(x=x) as traffic:
         _, grad, _ = focal_loss.softmax_focal_loss_fwd(x, t, None, None, 2.0, 0.0, -100, False, MEAN, True, True)
-        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+        stored_grad.scale_stored_grad_(grad, torch.ones(()), None)
     least = 2 * x.numel() * 4 + t.numel() * 8
     assert traffic.by_tensor["x"] == [x.numel() * 4, 0]
 
@@ -127,7 +127,7 @@ def test_gccs_moves_two_passes_and_two_from_the_cache(ignored: bool) -> None:
     counted = 60 if ignored else 90
     with interpreter_traffic(z=z) as traffic:
         _, grad, _ = gccs_loss.gccs_loss_fwd(z, y, 40.0, 1.0, 1e-5, 0.0, 1 if ignored else -100, MEAN, True, True)
-        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+        stored_grad.scale_stored_grad_(grad, torch.ones(()), None)
     origins = (2 if ignored else 3) * 130 * 4  # the first row of each class
     assert traffic.by_tensor == {"z": [3 * counted * 130 * 4 + origins, 0]}
     least = (3 * counted + 90) * 130 * 4
@@ -232,7 +232,7 @@ def test_center_loss_and_update_move_three_passes(dtype: torch.dtype) -> None:
     one = x.numel() * x.element_size()
     with interpreter_traffic(x=x, c=c) as loss:
         _, grad, _, _ = center_loss.center_loss_fwd(x, y, c, None, False, -100, MEAN, True, False)
-        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+        stored_grad.scale_stored_grad_(grad, torch.ones(()), None)
     with interpreter_traffic(x=x) as update:
         center_loss.update_centers_(c, x, y, None, False, 0.5, False, 0.0, -100)
     assert loss.by_tensor["x"] == [one, 0] and update.by_tensor == {"x": [one, 0]}
@@ -292,7 +292,7 @@ def test_region_biased_loss_moves_two_passes_and_the_mask(softmax: bool) -> None
     options = (0, 0.3, softmax, MEAN, True, True)
     with interpreter_traffic(x=x, mask=mask) as traffic:
         _, grad, _ = region_biased_loss.region_biased_loss_fwd(x, mask, *options)
-        stored_grad.scale_stored_grad_(torch.ones(()), grad, None)
+        stored_grad.scale_stored_grad_(grad, torch.ones(()), None)
     kept = int(mask.sum())
     assert traffic.by_tensor == {"x": [4 * kept, 0], "mask": [mask.numel(), 0]}
     least = 4 * kept + mask.numel() + 4 * x.numel()

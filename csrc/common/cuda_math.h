@@ -1,0 +1,142 @@
+// What csrc/math is written with, for one float or double in a CUDA kernel: simd.h's names without its vectors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define DL_INLINE __host__ __device__ __forceinline__
+#define DL_HOST_DEVICE __host__ __device__
+#else
+#define DL_INLINE inline __attribute__((always_inline))
+#define DL_HOST_DEVICE
+#endif
+#define DL_BODY
+
+#ifndef CPU_CAPABILITY
+#define CPU_CAPABILITY CUDA
+#endif
+
+namespace dlkernels {
+inline namespace CPU_CAPABILITY {
+
+// Half-precision storage types: bits only, arithmetic happens in float.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+DL_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V>
+DL_INLINE V splat(double value) {
+  return static_cast<V>(value);
+}
+DL_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }
+DL_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
+
+// As compiled for CPUs: the second operand where either is NaN.
+template <class V>
+DL_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+DL_INLINE V vmin(V a, V b) {
+  return a < b ? a : b;
+}
+DL_INLINE float vabs(float x) { return fabsf(x); }
+DL_INLINE double vabs(double x) { return fabs(x); }
+DL_INLINE float vexp(float x) { return expf(x); }
+DL_INLINE double vexp(double x) { return exp(x); }
+DL_INLINE float vlog(float x) { return logf(x); }
+DL_INLINE double vlog(double x) { return log(x); }
+DL_INLINE float vlog1p_unit(float e) { return log1pf(e); }
+DL_INLINE double vlog1p_unit(double e) { return log1p(e); }
+template <class V>
+DL_INLINE V vlog1p(V x) {
+  return vlog1p_unit(x);
+}
+template <class V>
+DL_INLINE V vsqrt(V x);
+template <>
+DL_INLINE float vsqrt(float x) {
+  return sqrtf(x);
+}
+template <>
+DL_INLINE double vsqrt(double x) {
+  return sqrt(x);
+}
+
+DL_INLINE float to_float(float x) { return x; }
+DL_INLINE double to_float(double x) { return x; }
+DL_INLINE float to_float(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+#if defined(__CUDACC__)
+DL_INLINE float to_float(float16 x) {
+  __half_raw raw;
+  raw.x = x.bits;
+  return __half2float(__half(raw));
+}
+#else
+DL_INLINE float to_float(float16 x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
+#endif
+
+template <class T>
+DL_INLINE T from_float(float x);
+template <>
+DL_INLINE float from_float<float>(float x) {
+  return x;
+}
+#if defined(__CUDACC__)
+template <>
+DL_INLINE bfloat16 from_float<bfloat16>(float x) {
+  return {static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
+}
+template <>
+DL_INLINE float16 from_float<float16>(float x) {
+  return {static_cast<__half_raw>(__float2half_rn(x)).x};
+}
+#else
+template <>
+DL_INLINE bfloat16 from_float<bfloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+DL_INLINE float16 from_float<float16>(float x) {
+  return {bit_cast<uint16_t>(static_cast<_Float16>(x))};
+}
+#endif
+
+// Two at once, where the hardware converts pairs: the first in the low half.
+template <class T>
+DL_INLINE uint32_t from_floats(float a, float b) {
+  return from_float<T>(a).bits | static_cast<uint32_t>(from_float<T>(b).bits) << 16;
+}
+#if defined(__CUDACC__)
+template <>
+DL_INLINE uint32_t from_floats<bfloat16>(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return bit_cast<uint32_t>(pair);
+}
+template <>
+DL_INLINE uint32_t from_floats<float16>(float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return bit_cast<uint32_t>(pair);
+}
+#endif
+
+}  // namespace CPU_CAPABILITY
+}  // namespace dlkernels

@@ -1,0 +1,85 @@
+// Sums and maxima over a warp, a block, a cluster: fixed trees, the result in every thread, bitwise equal between runs.
+#pragma once
+
+#include "cuda_memory.h"
+
+namespace dlkernels {
+
+constexpr int kMaxWarps = 32;
+constexpr int kMaxCluster = 16;
+
+// The same bits in every lane: a butterfly adds equal pairs in both of their lanes. `width` lanes side by side, a power
+// of two, sum among themselves.
+template <class T>
+DL_DEVICE T warp_sum(T value, int width = kWarp) {
+  DL_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2)
+    if (mask < width) value += shuffle_xor(value, mask);
+  return value;
+}
+template <class T>
+DL_DEVICE T warp_max(T value) {
+  DL_UNROLL
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Room in shared memory for sums of N values over a block. One barrier of the block must lie between two uses.
+template <class T, int N>
+struct BlockSums {
+  T of_warp[N][kMaxWarps];
+};
+
+// value[i] becomes its sum over the block, in every thread. One barrier; the scratch may be used again behind the next.
+template <int N, class T>
+DL_DEVICE void block_sum(T (&value)[N], BlockSums<T, N>& scratch) {
+  DL_UNROLL
+  for (int i = 0; i < N; ++i) value[i] = warp_sum(value[i]);
+  if (lane() == 0) {
+    DL_UNROLL
+    for (int i = 0; i < N; ++i) scratch.of_warp[i][warp()] = value[i];
+  }
+  __syncthreads();
+  DL_UNROLL
+  for (int i = 0; i < N; ++i) value[i] = warp_sum(lane() < warps() ? scratch.of_warp[i][lane()] : T(0));
+}
+template <class T>
+DL_DEVICE T block_sum(T value, BlockSums<T, 1>& scratch) {
+  T values[1] = {value};
+  block_sum(values, scratch);
+  return values[0];
+}
+
+// The same over a cluster, in the order of its blocks. `slot` lies in shared memory, is of N values, and used once: the
+// caller has a barrier of the cluster before its blocks exit or write to it again.
+template <int N, class T>
+DL_DEVICE void cluster_sum(T (&value)[N], BlockSums<T, N>& scratch, T (&slot)[N]) {
+  block_sum(value, scratch);
+  if (threadIdx.x == 0) {
+    DL_UNROLL
+    for (int i = 0; i < N; ++i) slot[i] = value[i];
+  }
+  cluster_barrier();
+  DL_UNROLL
+  for (int i = 0; i < N; ++i) {
+    value[i] = T(0);
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) value[i] += *in_block_of_cluster(&slot[i], rank);
+  }
+}
+
+// True, in every thread, for the last of `parts` blocks that came here: all that they wrote to global memory is there
+// to be read, with Use::kAgain. The counter is 0 again behind it. `flag` lies in shared memory.
+DL_DEVICE bool last_block(unsigned* counter, unsigned parts, bool& flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    flag = take_ticket(counter) == parts - 1;
+    if (flag) store_integer(counter, 0u);
+  }
+  __syncthreads();
+  return flag;
+}
+
+}  // namespace dlkernels
