@@ -55,6 +55,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "compiler": lambda: "" if shutil.which("g++") or shutil.which("c++") else "no C++ compiler is on PATH",
     "hypothesis": lambda: _without("hypothesis"),
     "hosts": _without_hosts,
+    "twin": lambda: _backend.cuda_missing("cpu"),
 }
 
 
@@ -104,7 +105,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and device != "cuda":
         pytest.skip("needs gpu: run with --device cuda")
     for name in sorted(_needs_of(item)):
-        if device == "cuda" and name in ("cpp", "interpreter") and "device" in getattr(item, "fixturenames", ()):
+        if device == "cuda" and name in ("cpp", "interpreter", "twin") and "device" in getattr(item, "fixturenames", ()):
             continue  # there these marks stand for "a kernel behind the op", which there is on a GPU
         reason = NEEDS[name]()
         if reason:

@@ -24,7 +24,7 @@ FLAGS = ["-std=c++17", "-g1", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 
 def sources() -> list[Path]:
     cuda = ROOT / "csrc" / "cuda"
-    return [HERE / "shim.cpp", HERE / "module.cpp"] + sorted(cuda.glob("*.cpp")) + sorted(cuda.glob("*_kernel.cu"))
+    return [HERE / "shim.cpp", HERE / "module.cpp", *sorted(cuda.glob("*.cpp")), *sorted(cuda.glob("*_kernel.cu"))]
 
 
 def build(sanitize: bool = True, *, jobs: int | None = None, changed: dict[Path, str] | None = None) -> Path:

@@ -31,6 +31,8 @@ PYBIND11_MODULE(_cuda_host, m) {
         return launches;
       },
       "The launches since the last call.");
+  m.def("take_barriers", &shim::take_barriers, "The barriers passed since the last call: file:line, or cluster.");
+  m.def("leave_out", &shim::leave_out, "A barrier that is not there from now on; an empty name ends that.");
   m.def("count_bytes", &shim::count_bytes, "Count the bytes of global memory that kernels load and store from now on.");
   m.def("counted_bytes", &shim::counted_bytes, "Loaded and stored in all; of each span loaded, stored, loaded again.");
 #ifdef DL_CUDA_HOST_OPTIMIZERS

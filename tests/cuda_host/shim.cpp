@@ -8,6 +8,7 @@
 #include <exception>
 #include <memory>
 #include <random>
+#include <set>
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -136,6 +137,8 @@ uint64_t cluster_generation = 0;
 std::exception_ptr failure;
 std::mt19937_64 draw(0);
 std::vector<Launched> launches;
+std::set<std::string> barriers;
+std::string left_out;
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::runtime_error(std::string(operation) + ": block " + std::to_string(here.block.x) + ", thread " +
@@ -299,8 +302,16 @@ void check_alignment(const void* p, size_t bytes) {
 
 void* shared_memory() { return current->block->shared.get(); }
 
-void block_barrier() {
+// Whether a barrier is there: it is noted, and compared with the one that is to be left out.
+bool present(const std::string& barrier) {
+  barriers.insert(barrier);
+  return barrier != left_out;
+}
+
+void block_barrier(const char* file, int line) {
   Block& b = *current->block;
+  const char* name = std::strrchr(file, '/');
+  if (!present(std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line))) return;
   if (b.done != 0) fail("__syncthreads, and a thread of the block has returned");
   const uint64_t until = b.generation + 1;
   if (++b.arrived == shape->block) {
@@ -311,6 +322,7 @@ void block_barrier() {
 }
 
 void cluster_arrive() {
+  if (!present("cluster")) return;
   if (current->cluster_arrived > cluster_generation) fail("cluster_arrive twice without cluster_wait");
   current->cluster_arrived = cluster_generation + 1;
   if (++cluster_arrived == shape->block * shape->cluster) {
@@ -319,6 +331,7 @@ void cluster_arrive() {
   }
 }
 void cluster_wait() {
+  if (!present("cluster")) return;
   if (current->cluster_arrived == 0) fail("cluster_wait without cluster_arrive");
   wait(Waits::kCluster, current->cluster_arrived);
 }
@@ -416,6 +429,12 @@ void run(const char* op, const Shape& s, const std::function<void()>& body) {
 void seed(uint64_t value) { draw.seed(value); }
 
 std::vector<Launched> take_launches() { return std::exchange(launches, {}); }
+
+std::vector<std::string> take_barriers() {
+  const std::set<std::string> passed = std::exchange(barriers, {});
+  return {passed.begin(), passed.end()};
+}
+void leave_out(const std::string& barrier) { left_out = barrier; }
 
 void count_bytes(const std::vector<std::pair<uintptr_t, size_t>>& spans) {
   ranges.clear();

@@ -36,7 +36,7 @@ struct Coordinates {
 extern Coordinates here;
 
 void* shared_memory();
-void block_barrier();
+void block_barrier(const char* file, int line);
 void cluster_arrive();
 void cluster_wait();
 void* in_block_of_cluster(void* own, unsigned rank);
@@ -86,6 +86,10 @@ struct Launched {
 };
 void seed(uint64_t value);
 std::vector<Launched> take_launches();
+// Barriers passed since the last call, as "file:line" or "cluster". One of them may be left out from now on, to see
+// whether a test notices.
+std::vector<std::string> take_barriers();
+void leave_out(const std::string& barrier);
 void count_bytes(const std::vector<std::pair<uintptr_t, size_t>>& spans);
 std::vector<int64_t> counted_bytes();  // loaded, stored in all; of each span loaded, stored, loaded again
 
@@ -142,7 +146,7 @@ inline int atomic_add_shared(int* counter, int value) {
 
 }  // namespace dlkernels
 
-inline void __syncthreads() { dlkernels::shim::block_barrier(); }
+#define __syncthreads() (::dlkernels::shim::block_barrier(__FILE__, __LINE__))
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }

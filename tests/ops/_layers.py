@@ -46,7 +46,7 @@ def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = Fals
     Args:
         family: the module of dlkernels.triton that would serve it.
         plain: the reference too, which keeps intermediate results and calls operators that a fused op does not.
-        interpreted: Triton's interpreter too, for tests of a few hundred elements.
+        interpreted: Triton's interpreter and the CUDA kernels' host twin too, for tests of a few hundred elements.
     """
     names: list[Any] = ["reference"] if plain else []
     names.append(pytest.param("cpp", marks=pytest.mark.needs("cpp")))
@@ -54,6 +54,8 @@ def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = Fals
         torch.cuda.is_available() or (interpreted and _backend.interpreting())
     ):
         names.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
+    if torch.cuda.is_available() or (interpreted and _backend.TWIN is not None):
+        names.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
 
     @pytest.fixture(params=names)
     def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
