@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda_math.h"
 #include "cuda_platform.h"
 
 namespace dlkernels {
@@ -50,7 +51,7 @@ inline std::string describe(const Queue& queue) {
 }
 
 template <class I>
-DL_DEVICE constexpr I ceil_div(I a, I b) {
+DL_HOST_DEVICE constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
