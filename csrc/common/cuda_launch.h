@@ -142,8 +142,12 @@ int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P..
 
 template <class... P, class... A>
 void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), const A&... args) {
-  shim::run(queue.op, {{s.grid, 1, 1}, s.block, s.shared, s.cluster, s.overlap},
-            [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
+  try {
+    shim::run(queue.op, {{s.grid, 1, 1}, s.block, s.shared, s.cluster, s.overlap},
+              [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
+  } catch (const std::exception& error) {
+    throw std::runtime_error(describe(queue) + ": " + error.what());
+  }
 }
 
 template <class... P>
