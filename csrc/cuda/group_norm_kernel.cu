@@ -192,7 +192,7 @@ DL_DEVICE void upstream(const T* x, const T* dy, const T* residual, const Channe
 // Requires  as the forward pass, for dy, dx and dresidual too.
 // Result    bitwise reproducible; the sums of a channel's parts go to a.sums.
 template <class T, int N>
-DL_KERNEL(kGroupNormBwdThreads, 3)
+DL_KERNEL(kGroupNormFewThreads, 3)
 group_norm_bwd_kernel(DL_CONSTANT GroupNormCall a) {
   GroupNormShared& shared = *shared_memory<GroupNormShared>();
   const GroupNormPlan& plan = a.plan;

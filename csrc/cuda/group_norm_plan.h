@@ -20,7 +20,7 @@
 namespace dlkernels {
 
 constexpr unsigned kGroupNormThreads = 512;         // of a block at most
-constexpr unsigned kGroupNormBwdThreads = 256;      // of a block backward, whose threads hold twice as much
+constexpr unsigned kGroupNormFewThreads = 256;      // the same, backward or with channels_last: more registers each
 constexpr unsigned kGroupNormTeams = 256;           // threads of a block of several teams
 constexpr int64_t kGroupNormPacksOfThread = 4;      // where there is work for every thread of the machine
 constexpr int64_t kGroupNormLeastPart = 16 << 10;   // bytes of a part that is worth a barrier of its cluster
@@ -172,7 +172,7 @@ inline GroupNormPlan in_parts(const Machine& m, const GroupNormShape& q, int64_t
   const int64_t packs = ceil_div<int64_t>(int64_t{p.channels} * p.positions, elements_of_pack(q));
   const bool all_threads_busy =
       p.tiles * packs * p.parts >= int64_t{m.multiprocessors} * 1024 * kGroupNormPacksOfThread;
-  const int64_t most = q.backward ? kGroupNormBwdThreads : kGroupNormThreads;
+  const int64_t most = q.backward || q.channels_last ? kGroupNormFewThreads : kGroupNormThreads;
   const int64_t team = power_of_two(ceil_div(packs, all_threads_busy ? kGroupNormPacksOfThread : int64_t{1}));
   p.team = static_cast<unsigned>(std::min(team, most));
   if (parts > 1) p.team = std::max(p.team, 32u);
