@@ -79,7 +79,20 @@ void run(const Queue& queue, const GroupNormCall& a, bool last) {
   else launch_group_norm(queue, a);
 }
 
-int64_t parts_floats(const GroupNormPlan& p) { return p.split ? int64_t{2} * p.tiles * p.parts * p.tile_groups : 0; }
+// What a split needs beside the tensors.
+struct SplitMemory {
+  at::Tensor floats_;
+  Counters counters{};
+  SplitMemory(const Queue& queue, const at::Tensor& x, GroupNormCall& a) {
+    if (!a.plan.split) return;
+    const int64_t terms = int64_t{2} * a.plan.tiles * a.plan.tile_groups;
+    floats_ = workspace(x, terms * (a.plan.parts + 1));
+    a.terms = floats(floats_);
+    a.parts = a.terms + terms;
+    counters = zeroed_counters(queue, a.plan.tiles);
+    a.counters = counters.data;
+  }
+};
 
 Results3 group_norm_fwd(const at::Tensor& input, const Optional& weight, const Optional& bias, const Optional& residual,
                         const Optional& scale, const Optional& shift, int64_t num_groups, double eps,
@@ -105,17 +118,16 @@ Results3 group_norm_fwd(const at::Tensor& input, const Optional& weight, const O
   const auto& [y, mean, rstd] = out;
   a.y = y.mutable_data_ptr();
   a.mean = floats(mean), a.rstd = floats(rstd);
-  const int64_t more = parts_floats(a.plan);
-  const at::Tensor parts = more != 0 ? workspace(t.x, more) : at::Tensor();
-  a.parts = static_cast<float*>(written(parts));
-  run(call.queue, a, last);
+  {
+    const SplitMemory memory(call.queue, t.x, a);
+    run(call.queue, a, last);
+  }
   return out;
 }
 
 // How many blocks share the samples of a channel: as many as fill the machine, each with a hundred rows to add up.
-int64_t splits_of(const Machine& machine, const GroupNormCall& a) {
-  const int64_t blocks = ceil_div<int64_t>(a.c, kGroupNormGradChannels);
-  const int64_t rows = a.n * a.plan.position_parts;
+int64_t splits_of(const Machine& machine, const GroupNormParameterGrads& a) {
+  const int64_t blocks = ceil_div<int64_t>(a.c, kGroupNormGradChannels), rows = a.n * a.position_parts;
   return std::max<int64_t>(1, std::min({int64_t{machine.multiprocessors} / blocks, rows / 128, a.n}));
 }
 
@@ -128,7 +140,11 @@ void parameter_grads(const Queue& queue, const GroupNormCall& a, const Tensors& 
   to.shift_dtype = a.shift.dtype;
   to.n = a.n, to.c = a.c;
   to.position_parts = a.plan.position_parts;
-  to.splits = static_cast<unsigned>(splits_of(*queue.machine, a));
+  if (to.scale == nullptr && to.shift == nullptr) {  // nobody asks for one sample: parts are as good as samples
+    to.n *= to.position_parts;
+    to.position_parts = 1;
+  }
+  to.splits = static_cast<unsigned>(splits_of(*queue.machine, to));
   at::Tensor partial;
   Counters counters{};
   if (to.splits > 1) {
@@ -177,11 +193,12 @@ Results6 group_norm_bwd(const at::Tensor& grad_output, const at::Tensor& input, 
   a.dx = dx.mutable_data_ptr();
   a.dresidual = activation != 0 ? written(dresidual) : nullptr;
   const bool wants_sums = t.weight.defined() || t.bias.defined() || t.scale.defined() || t.shift.defined();
-  const int64_t sums = wants_sums ? int64_t{2} * a.n * a.plan.position_parts * a.c : 0, more = parts_floats(a.plan);
-  const at::Tensor memory = sums + more != 0 ? workspace(t.x, sums + more) : at::Tensor();
-  a.sums = wants_sums ? floats(memory) : nullptr;
-  a.parts = more != 0 ? floats(memory) + sums : nullptr;
-  run(call.queue, a, last);
+  const at::Tensor sums = wants_sums ? workspace(t.x, int64_t{2} * a.n * a.plan.position_parts * a.c) : at::Tensor();
+  a.sums = static_cast<float*>(written(sums));
+  {
+    const SplitMemory memory(call.queue, t.x, a);
+    run(call.queue, a, last);
+  }
   const at::Tensor dweight = empty_or_undefined(t.weight), dbias = empty_or_undefined(t.bias);
   const at::Tensor dscale = empty_or_undefined(t.scale), dshift = empty_or_undefined(t.shift);
   if (wants_sums) parameter_grads(call.queue, a, t, dweight, dbias, dscale, dshift);

@@ -102,7 +102,7 @@ group_norm_fwd_kernel(DL_CONSTANT GroupNormCall a) {
   Statistics stats;
   if (a.stage == GroupNormStage::kRest) {
     wait_for_previous_kernel();
-    stats = merged(a, p, team, shared, whole);
+    stats = {load_one<Use::kAgain>(a.mean + p.group), load_one<Use::kAgain>(a.rstd + p.group)};
   } else {
     const float count = a.stage == GroupNormStage::kSums ? static_cast<float>(p.r.rows * p.r.cols) : whole;
     float sum[1] = {0.0f}, off[2] = {0.0f, 0.0f};
@@ -128,13 +128,16 @@ group_norm_fwd_kernel(DL_CONSTANT GroupNormCall a) {
         store_one<Use::kAgain>(part, stats.mean);
         store_one<Use::kAgain>(part + 1, m2);
       }
-      return;
+      if (!last_block(a.counters + p.group, a.plan.parts, shared.last)) return;
+      stats = merged(a, p, team, shared, whole);
+    } else {
+      stats.rstd = reciprocal_std(m2, count, a.eps);
     }
-    stats.rstd = reciprocal_std(m2, count, a.eps);
-  }
-  if (p.there && p.part == 0 && team.thread == 0) {
-    store_one<Use::kAgain>(a.mean + p.group, stats.mean);
-    store_one<Use::kAgain>(a.rstd + p.group, stats.rstd);
+    if (p.there && team.thread == 0 && (p.part == 0 || a.stage == GroupNormStage::kSums)) {
+      store_one<Use::kAgain>(a.mean + p.group, stats.mean);
+      store_one<Use::kAgain>(a.rstd + p.group, stats.rstd);
+    }
+    if (a.stage == GroupNormStage::kSums) return;
   }
 
   const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + p.offset;
@@ -218,12 +221,8 @@ group_norm_bwd_kernel(DL_CONSTANT GroupNormCall a) {
   float sums[2] = {0.0f, 0.0f};  // over the group: a dz x_hat, a dz
   if (a.stage == GroupNormStage::kRest) {
     wait_for_previous_kernel();
-    const float* parts = a.parts + int64_t{p.group} * plan.parts * 2;
-    for (unsigned i = team.thread; i < plan.parts; i += team.threads) {
-      sums[0] += load_one<Use::kAgain>(parts + 2 * i);
-      sums[1] += load_one<Use::kAgain>(parts + 2 * i + 1);
-    }
-    team_sum(sums, team, shared.sums[0]);
+    sums[0] = load_one<Use::kAgain>(a.terms + int64_t{p.group} * 2);
+    sums[1] = load_one<Use::kAgain>(a.terms + int64_t{p.group} * 2 + 1);
   } else {
     const unsigned worker = team.thread / plan.lanes, workers = team.threads / plan.lanes;
     const unsigned own = team.thread & (plan.lanes - 1), units = p.r.rows * plan.chunks;
@@ -267,10 +266,21 @@ group_norm_bwd_kernel(DL_CONSTANT GroupNormCall a) {
     }
     team_sum(sums, team, shared.sums[0]);
     if (a.stage == GroupNormStage::kSums) {
+      float* parts = a.parts + int64_t{p.group} * plan.parts * 2;
       if (team.thread == 0) {
-        float* part = a.parts + (int64_t{p.group} * plan.parts + p.part) * 2;
-        store_one<Use::kAgain>(part, sums[0]);
-        store_one<Use::kAgain>(part + 1, sums[1]);
+        store_one<Use::kAgain>(parts + 2 * p.part, sums[0]);
+        store_one<Use::kAgain>(parts + 2 * p.part + 1, sums[1]);
+      }
+      if (!last_block(a.counters + p.group, plan.parts, shared.last)) return;
+      sums[0] = sums[1] = 0.0f;
+      for (unsigned i = team.thread; i < plan.parts; i += team.threads) {
+        sums[0] += load_one<Use::kAgain>(parts + 2 * i);
+        sums[1] += load_one<Use::kAgain>(parts + 2 * i + 1);
+      }
+      team_sum(sums, team, shared.sums[1]);
+      if (team.thread == 0) {
+        store_one<Use::kAgain>(a.terms + int64_t{p.group} * 2, sums[0]);
+        store_one<Use::kAgain>(a.terms + int64_t{p.group} * 2 + 1, sums[1]);
       }
       return;
     }

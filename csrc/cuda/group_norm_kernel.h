@@ -25,6 +25,8 @@ struct GroupNormCall {
   GroupNormParameter weight, bias, scale, shift;
   float* sums;   // backward: [2, N, position_parts, C], sums of dz x_hat and of dz; nullptr: nobody wants them
   float* parts;  // split: [tiles, parts, groups of a tile, 2], mean and m2; backward: sums of a dz x_hat and of a dz
+  float* terms;  // split, backward: [tiles, groups of a tile, 2], the sums over the parts
+  unsigned* counters;  // split: [tiles], 0
   int64_t n, c, s;
   unsigned groups, d;  // d: channels of a group
   float eps;
@@ -32,7 +34,7 @@ struct GroupNormCall {
   Float dtype;
   bool backward;
   GroupNormPlan plan;
-  // Of this launch.
+  // Of a launch.
   GroupNormStage stage;
   unsigned first_tile, tiles;
 };

@@ -146,6 +146,29 @@ struct Maps {
         offset(of_channels<N>(v, [&](unsigned c) { return t.affine[c].b; })) {}
 };
 
+// Two numbers of a group in a part of the tile.
+DL_DEVICE float* of_part(const GroupNormCall& a, const Piece& p, unsigned part, unsigned g) {
+  return a.parts + ((int64_t{p.tile} * a.plan.parts + part) * a.plan.tile_groups + g) * 2;
+}
+
+// Mean and m2 of the groups from those of the parts, around the first one's mean: exact where all are equal.
+DL_DEVICE void merge(const GroupNormCall& a, const Piece& p, const Team& team, float* means, float* rstds) {
+  const float whole = static_cast<float>(a.d) * static_cast<float>(a.s);
+  for_groups(a, p, team, [&](unsigned lane, unsigned g, bool there) {
+    const float origin = there ? load_one<Use::kAgain>(of_part(a, p, 0, g)) : 0.0f;
+    float sum = 0.0f, m2 = 0.0f;
+    for (unsigned i = lane; there && i < a.plan.parts; i += team.width())
+      sum += elements_of_part(a, i) * (load_one<Use::kAgain>(of_part(a, p, i, g)) - origin);
+    const float mean = origin + warp_sum(sum, team.width()) / whole;
+    for (unsigned i = lane; there && i < a.plan.parts; i += team.width()) {
+      const float off = load_one<Use::kAgain>(of_part(a, p, i, g)) - mean;
+      m2 += load_one<Use::kAgain>(of_part(a, p, i, g) + 1) + elements_of_part(a, i) * off * off;
+    }
+    m2 = warp_sum(m2, team.width());
+    if (lane == 0 && there) means[g] = mean, rstds[g] = reciprocal_std(m2, whole, a.eps);
+  });
+}
+
 // Math      as group_norm_fwd_kernel, for the groups of a tile at once.
 // Traffic   per element: read x (and residual), write y. Split: x is read again, from L2.
 // Grid      tiles / teams * parts blocks; parts are positions. A thread has channels of its own.
@@ -170,26 +193,15 @@ group_norm_last_fwd_kernel(DL_CONSTANT GroupNormCall a) {
   float* means = t.values + 3 * plan.tile_groups;
   float* rstds = means + plan.tile_groups;
   const float whole = static_cast<float>(a.d) * static_cast<float>(a.s);
-  const float* parts = a.parts + int64_t{p.tile} * plan.parts * plan.tile_groups * 2;
+  const int64_t first_group = int64_t{p.n} * a.groups + p.group;
   const auto no_change = [](unsigned, float*) {};
   if (a.stage == GroupNormStage::kRest) {
     wait_for_previous_kernel();
-    for_groups(a, p, team, [&](unsigned lane, unsigned g, bool there) {
-      const auto of_part = [&](unsigned i, int what) {
-        return load_one<Use::kAgain>(parts + (i * plan.tile_groups + g) * 2 + what);
-      };
-      const float origin = there ? of_part(0, 0) : 0.0f;
-      float sum = 0.0f, m2 = 0.0f;
-      for (unsigned i = lane; there && i < plan.parts; i += team.width())
-        sum += elements_of_part(a, i) * (of_part(i, 0) - origin);
-      const float mean = origin + warp_sum(sum, team.width()) / whole;
-      for (unsigned i = lane; there && i < plan.parts; i += team.width()) {
-        const float off = of_part(i, 0) - mean;
-        m2 += of_part(i, 1) + elements_of_part(a, i) * off * off;
-      }
-      m2 = warp_sum(m2, team.width());
-      if (lane == 0 && there) means[g] = mean, rstds[g] = reciprocal_std(m2, whole, a.eps);
-    });
+    for (unsigned g = team.thread; g < p.groups; g += team.threads) {
+      const int64_t at = first_group + g;
+      means[g] = load_one<Use::kAgain>(a.mean + at);
+      rstds[g] = load_one<Use::kAgain>(a.rstd + at);
+    }
   } else {
     const float count =
         a.stage == GroupNormStage::kSums ? static_cast<float>(a.d) * static_cast<float>(p.r.rows) : whole;
@@ -230,22 +242,26 @@ group_norm_last_fwd_kernel(DL_CONSTANT GroupNormCall a) {
       means[g] += off / count;
       rstds[g] = reciprocal_std(around_mean, count, a.eps);
       if (a.stage == GroupNormStage::kSums && p.there) {
-        float* part = a.parts + ((int64_t{p.tile} * plan.parts + p.part) * plan.tile_groups + g) * 2;
+        float* part = of_part(a, p, p.part, g);
         store_one<Use::kAgain>(part, means[g]);
         store_one<Use::kAgain>(part + 1, around_mean);
       }
     }
-    if (a.stage == GroupNormStage::kSums) return;
     if (cluster_size() > 1) cluster_arrive();
+    if (a.stage == GroupNormStage::kSums) {
+      if (!last_block(a.counters + p.tile, plan.parts, shared.last)) return;
+      merge(a, p, team, means, rstds);
+    }
+    GROUP_NORM_TEAM_BARRIER(team);
+    if (p.there && (p.part == 0 || a.stage == GroupNormStage::kSums)) {
+      for (unsigned g = team.thread; g < p.groups; g += team.threads) {
+        store_one<Use::kAgain>(a.mean + first_group + g, means[g]);
+        store_one<Use::kAgain>(a.rstd + first_group + g, rstds[g]);
+      }
+    }
+    if (a.stage == GroupNormStage::kSums) return;
   }
   GROUP_NORM_TEAM_BARRIER(team);
-  if (p.there && p.part == 0) {
-    for (unsigned g = team.thread; g < p.groups; g += team.threads) {
-      const int64_t at = int64_t{p.n} * a.groups + p.group + g;
-      store_one<Use::kAgain>(a.mean + at, means[g]);
-      store_one<Use::kAgain>(a.rstd + at, rstds[g]);
-    }
-  }
 
   const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + p.offset;
   T* y = static_cast<T*>(a.y) + p.offset;
@@ -296,6 +312,22 @@ DL_DEVICE void upstream(const T* x, const T* dy, const T* residual, const Maps<N
   for (int j = 0; j < N; ++j) off[j] -= maps.mean[j];
 }
 
+DL_DEVICE void merge_sums(const GroupNormCall& a, const Piece& p, const Team& team) {
+  for_groups(a, p, team, [&](unsigned lane, unsigned g, bool there) {
+    float sums[2] = {0.0f, 0.0f};
+    for (unsigned i = lane; there && i < a.plan.parts; i += team.width()) {
+      sums[0] += load_one<Use::kAgain>(of_part(a, p, i, g));
+      sums[1] += load_one<Use::kAgain>(of_part(a, p, i, g) + 1);
+    }
+    sums[0] = warp_sum(sums[0], team.width());
+    sums[1] = warp_sum(sums[1], team.width());
+    if (lane != 0 || !there) return;
+    float* terms = a.terms + (int64_t{p.tile} * a.plan.tile_groups + g) * 2;
+    store_one<Use::kAgain>(terms, sums[0]);
+    store_one<Use::kAgain>(terms + 1, sums[1]);
+  });
+}
+
 // Math      as group_norm_bwd_kernel, for the groups of a tile at once.
 // Traffic   per element: read x, dy (and residual, with an activation), write dx (and dresidual). Split: x, dy and
 //           residual are read again, from L2.
@@ -341,17 +373,9 @@ group_norm_last_bwd_kernel(DL_CONSTANT GroupNormCall a) {
   };
   if (a.stage == GroupNormStage::kRest) {
     wait_for_previous_kernel();
-    const float* parts = a.parts + int64_t{p.tile} * plan.parts * plan.tile_groups * 2;
-    for_groups(a, p, team, [&](unsigned lane, unsigned g, bool there) {
-      float sums[2] = {0.0f, 0.0f};
-      for (unsigned i = lane; there && i < plan.parts; i += team.width()) {
-        sums[0] += load_one<Use::kAgain>(parts + (i * plan.tile_groups + g) * 2);
-        sums[1] += load_one<Use::kAgain>(parts + (i * plan.tile_groups + g) * 2 + 1);
-      }
-      sums[0] = warp_sum(sums[0], team.width());
-      sums[1] = warp_sum(sums[1], team.width());
-      if (lane == 0 && there) set_terms(g, sums[0], sums[1]);
-    });
+    const float* terms = a.terms + int64_t{p.tile} * plan.tile_groups * 2;
+    for (unsigned g = team.thread; g < p.groups; g += team.threads)
+      set_terms(g, load_one<Use::kAgain>(terms + 2 * g), load_one<Use::kAgain>(terms + 2 * g + 1));
   } else {
     for (unsigned v = p.vector; p.row < p.rows && v < p.r.runs; v += team.threads) {
       Floats<N> da{}, db{};
@@ -383,14 +407,17 @@ group_norm_last_bwd_kernel(DL_CONSTANT GroupNormCall a) {
     for (unsigned g = team.thread; p.there && g < p.groups; g += team.threads) {
       const float first = over_tile(t.values + g), second = over_tile(t.values + plan.tile_groups + g);
       if (a.stage == GroupNormStage::kSums) {
-        float* part = a.parts + ((int64_t{p.tile} * plan.parts + p.part) * plan.tile_groups + g) * 2;
+        float* part = of_part(a, p, p.part, g);
         store_one<Use::kAgain>(part, first);
         store_one<Use::kAgain>(part + 1, second);
       } else {
         set_terms(g, first, second);
       }
     }
-    if (a.stage == GroupNormStage::kSums) return;
+    if (a.stage == GroupNormStage::kSums) {
+      if (last_block(a.counters + p.tile, plan.parts, shared.last)) merge_sums(a, p, team);
+      return;
+    }
     if (cluster_size() > 1) cluster_arrive();
   }
   GROUP_NORM_TEAM_BARRIER(team);

@@ -26,6 +26,7 @@ constexpr int64_t kGroupNormPacksOfThread = 4;      // where there is work for e
 constexpr int64_t kGroupNormLeastPart = 16 << 10;   // bytes of a part that is worth a barrier of its cluster
 constexpr int64_t kGroupNormSplitPart = 32 << 10;   // bytes of a part of a split tile
 constexpr int64_t kGroupNormLeastSplit = 8 << 10;   // the same, where parts are few
+constexpr int64_t kGroupNormMostParts = 512;        // beyond it parts grow, while two fit on a multiprocessor
 constexpr int64_t kGroupNormLargeTensor = 4 << 20;  // bytes from which two reads by all beat one by few
 constexpr int64_t kGroupNormLeastRun = 256;         // bytes side by side in memory that a part of [N, C, S] has
 constexpr int64_t kGroupNormReserved = 1 << 10;     // bytes of shared memory that the system takes of each block
@@ -44,6 +45,7 @@ struct GroupNormDivisor {
 struct alignas(128) GroupNormShared {
   float sums[3][2][32];
   float slots[3][2];
+  bool last;
 };
 
 struct GroupNormShape {
@@ -93,14 +95,16 @@ inline int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 inline int64_t elements_of_pack(const GroupNormShape& q) { return q.packs ? 16 / q.itemsize : 1; }
 inline int64_t d_of(const GroupNormShape& q) { return q.c / q.groups; }
 
-// Groups side by side whose channels make whole packs and sectors of 32 bytes, 64 bytes at least.
-inline unsigned groups_of_tile(const GroupNormShape& q) {
+// Groups side by side whose channels make whole packs, 64 bytes at least, and whole sectors of 32 bytes where that
+// leaves enough tiles for the machine.
+inline unsigned groups_of_tile(const Machine& m, const GroupNormShape& q) {
   const int64_t d = d_of(q), pack = elements_of_pack(q);
   int64_t found = 0;
   for (int64_t g = 1; g <= std::min<int64_t>(q.groups, 64); ++g) {
     if (g * d % pack != 0 || g * d * q.itemsize < 64) continue;
-    if (g * d * q.itemsize % 32 == 0) return static_cast<unsigned>(g);
-    if (found == 0) found = g;
+    const bool sectors = g * d * q.itemsize % 32 == 0, enough = q.n * ceil_div(q.groups, g) * 8 >= m.multiprocessors;
+    if (found == 0 || (sectors && enough)) found = g;
+    if (sectors) break;
   }
   return static_cast<unsigned>(found != 0 ? found : q.groups);
 }
@@ -157,7 +161,7 @@ inline void lay_out(GroupNormPlan& p, const GroupNormShape& q) {
 
 inline GroupNormPlan in_parts(const Machine& m, const GroupNormShape& q, int64_t parts, bool cluster) {
   GroupNormPlan p;
-  p.tile_groups = q.channels_last ? groups_of_tile(q) : 1;
+  p.tile_groups = q.channels_last ? groups_of_tile(m, q) : 1;
   p.tiles_of_sample = static_cast<unsigned>(ceil_div<int64_t>(q.groups, p.tile_groups));
   p.tiles = static_cast<unsigned>(q.n * p.tiles_of_sample);
   p.batch = p.tiles;
@@ -199,9 +203,10 @@ inline GroupNormPlan in_parts(const Machine& m, const GroupNormShape& q, int64_t
 
 inline GroupNormPlan in_two_launches(const Machine& m, const GroupNormShape& q, int64_t room_of_two) {
   const int64_t whole = in_parts(m, q, 1, false).tiles;
-  const int64_t d = q.channels_last ? groups_of_tile(q) * d_of(q) : d_of(q), bytes = d * q.s * q.itemsize * q.arrays;
+  const int64_t d = q.channels_last ? groups_of_tile(m, q) * d_of(q) : d_of(q), bytes = d * q.s * q.itemsize * q.arrays;
   const int64_t for_all = std::min(ceil_div(int64_t{2} * m.multiprocessors, whole), bytes / kGroupNormLeastSplit);
-  int64_t parts = std::max<int64_t>({1, ceil_div(bytes, kGroupNormSplitPart), for_all});
+  const int64_t each = std::max(kGroupNormSplitPart, std::min(bytes / kGroupNormMostParts, room_of_two / 2));
+  int64_t parts = std::max<int64_t>({1, ceil_div(bytes, each), for_all});
   GroupNormPlan p = in_parts(m, q, parts, false);
   for (unsigned before = 0; p.shared > room_of_two && p.parts != before; p = in_parts(m, q, parts *= 2, false))
     before = p.parts;
