@@ -251,8 +251,8 @@ group_norm_last_fwd_kernel(DL_CONSTANT GroupNormCall a) {
     if (a.stage == GroupNormStage::kSums) {
       if (!last_block(a.counters + p.tile, plan.parts, shared.last)) return;
       merge(a, p, team, means, rstds);
+      GROUP_NORM_TEAM_BARRIER(team);
     }
-    GROUP_NORM_TEAM_BARRIER(team);
     if (p.there && (p.part == 0 || a.stage == GroupNormStage::kSums)) {
       for (unsigned g = team.thread; g < p.groups; g += team.threads) {
         store_one<Use::kAgain>(a.mean + first_group + g, means[g]);
