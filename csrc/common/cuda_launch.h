@@ -60,6 +60,10 @@ namespace launching {
 // Remembers per kernel and device what it was allowed beyond 48 KB and clusters of 8. True when that was known already.
 bool remember(const void* kernel, int device, unsigned shared, unsigned cluster);
 
+// What the driver answered about clusters of a kernel in this shape, or -1 where it was not asked; and its answer.
+int known_clusters(const void* kernel, int device, const LaunchShape& shape);
+void know_clusters(const void* kernel, int device, const LaunchShape& shape, int clusters);
+
 }  // namespace launching
 
 #if defined(__CUDACC__)
@@ -118,10 +122,10 @@ void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), cons
                    s);
 }
 
-// Clusters of this shape that the device runs at a time; 0 where it cannot run one.
+namespace launching {
+
 template <class... P>
-int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
-  if (queue.machine->arch < 90) return 0;
+int ask_for_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
   if (s.cluster > 8 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
     cudaGetLastError();
@@ -134,6 +138,21 @@ int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P..
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
+  }
+  return clusters;
+}
+
+}  // namespace launching
+
+// Clusters of this shape that the device runs at a time; 0 where it cannot run one. The driver is asked once.
+template <class... P>
+int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
+  if (queue.machine->arch < 90) return 0;
+  const auto* pointer = reinterpret_cast<const void*>(kernel);
+  int clusters = launching::known_clusters(pointer, queue.machine->index, s);
+  if (clusters < 0) {
+    clusters = launching::ask_for_clusters(queue, s, kernel);
+    launching::know_clusters(pointer, queue.machine->index, s, clusters);
   }
   return clusters;
 }
