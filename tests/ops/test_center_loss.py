@@ -39,6 +39,8 @@ DTYPES = [
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
 if _backend.interpreting() or torch.cuda.is_available():
     BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
+if _backend.TWIN is not None or torch.cuda.is_available():
+    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
 
 
 @pytest.fixture(params=BACKENDS)
