@@ -8,10 +8,6 @@
 
 namespace dlkernels {
 
-// The elements of a thread's access: 16 bytes of features, or one.
-template <class T>
-constexpr int kCenterPack = kPack<T>;
-
 // Whether a row counts: labels below 0 and ignore_index leave theirs out.
 DL_DEVICE bool counts(int64_t label, int64_t ignore_index) { return label >= 0 && label != ignore_index; }
 
@@ -22,7 +18,7 @@ DL_DEVICE int64_t load_label(const void* labels, bool narrow, int64_t row) {
 
 // N elements as they lie in memory, of T or (`wide`) of float: told apart at run time, so that no kernel is compiled
 // for each pair of dtypes. Loaded in a batch, converted later.
-template <class T, int N, bool kPacked = sizeof(T) == 2 && N * sizeof(T) == kPackBytes>
+template <class T, int N, bool kPacked = sizeof(T) == 2 && N % 4 == 0>
 struct Mixed {  // one width, or one element
   Floats<N> values;
   template <Use U>
@@ -34,21 +30,19 @@ struct Mixed {  // one width, or one element
 };
 template <class T, int N>
 struct Mixed<T, N, true> {
-  Pack<uint32_t, 4> low, high;
+  static constexpr int kHalf = N / 2;
+  Pack<uint32_t, kHalf> low, high;  // all N elements of T, or N / 2 floats each
   template <Use U>
   DL_DEVICE void load(const void* p, int64_t at, bool wide) {
     const auto* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(p) + (wide ? 4 : 2) * at);
-    low = load_pack<4, U>(words);
-    if (wide) high = load_pack<4, U>(words + 4);
+    low = load_pack<kHalf, U>(words);
+    if (wide) high = load_pack<kHalf, U>(words + kHalf);
   }
   DL_DEVICE Floats<N> floats(bool wide) const {
     if (!wide) return to_floats(bit_cast<Pack<T, N>>(low));
     Floats<N> x;
     DL_UNROLL
-    for (int i = 0; i < N / 2; ++i) {
-      x[i] = bit_cast<float>(low.v[i]);
-      x[N / 2 + i] = bit_cast<float>(high.v[i]);
-    }
+    for (int i = 0; i < kHalf; ++i) x[i] = bit_cast<float>(low.v[i]), x[kHalf + i] = bit_cast<float>(high.v[i]);
     return x;
   }
 };

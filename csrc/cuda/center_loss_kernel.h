@@ -94,7 +94,7 @@ struct CenterSumsPlan {
   unsigned blocks;  // over the rows
   unsigned slabs;   // over the features
 };
-CenterSumsPlan plan_center_sums(const Machine& machine, int64_t n, int64_t d, int pack);
+CenterSumsPlan plan_center_sums(const Machine& machine, int64_t n, int64_t d, bool packs);
 
 struct CenterSumsArgs {
   CenterLossTensors t;

@@ -245,3 +245,178 @@ def test_forward_barriers(twin: Any) -> None:
         check_forward(long, NONE, True, forward(long, NONE, True))
 
     assert not twin.unnoticed_barriers(check)
+
+
+# By class -------------------------------------------------------------------------------------------------------------
+
+
+def update(s: Sample, alpha: float = 0.5, ema: bool = False, ops: Any = OPS, island: float = 0.0) -> Tensor:
+    c = s.c.clone() if s.c.data_ptr() % 16 == 0 else off(s.c, 1)
+    ops.update_centers_(c, s.x, s.y, s.a, s.logits, alpha, ema, island, IGNORED)
+    return c
+
+
+def class_sums(s: Sample, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """sum g A (x - c) of each class, and its rows."""
+    pull = rows(s)[1]
+    keep = counted(s) & (s.y < s.c.shape[0])
+    label = s.y.long()[keep]
+    sums = torch.zeros_like(s.c).index_add(0, label, (pull if g is None else pull * g[:, None])[keep])
+    return sums, torch.bincount(label, minlength=s.c.shape[0])[:, None]
+
+
+def check_update(s: Sample, alpha: float, ema: bool, found: Tensor) -> None:
+    exact = s.exact()
+    sums, count = class_sums(exact)
+    expected = exact.c + alpha * sums / (count.clamp(min=1) if ema else 1 + count)
+    assert_within_budget(found, expected, expected.to(found.dtype), what="centers")
+    assert_bitwise(found[count[:, 0] == 0], s.c[count[:, 0] == 0], "centers of absent classes")
+
+
+def backward(s: Sample, g: Tensor, need_centers: bool, ops: Any = OPS) -> Any:
+    return ops.center_loss_bwd(g, s.x, s.y, s.c, s.a, s.logits, IGNORED, need_centers)
+
+
+def check_backward(s: Sample, g: Tensor, need_centers: bool, found: Any) -> None:
+    exact = s.exact()
+    _, dx, da = rows(exact)
+    right = {"dx": g.double()[:, None] * dx, "dc": -class_sums(exact, g.double())[0], "da": g.double()[:, None] * da}
+    missing = {"dc": not need_centers, "da": s.a is None}
+    for got, like, (name, exactly) in zip(found, (s.x, s.c, s.x if s.a is None else s.a), right.items(), strict=True):
+        assert got.dtype == like.dtype
+        if missing.get(name):
+            assert got.shape == (0,)
+        else:
+            assert_within_budget(got, exactly, exactly.to(got.dtype), what=name)
+    assert not found[0][~counted(s)].any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+@pytest.mark.parametrize("by", [0, 1], ids=["aligned", "unaligned"])
+def test_by_class(by: int, dtypes: Any, twin: Any) -> None:
+    """The update and all gradients in two launches: one block and several, one slab and several, however rows lie."""
+    cases = [(1, 5, 1, "all"), (37, 5, 7, "narrow"), (70, 300, 16, "some"), (300, 5, 132, "skewed")]
+    for n, k, d, labels in [*cases, (129, 9, 40, "backwards"), (260, 4, 136, "one")]:
+        for weigh in ("none", "weights", "logits"):
+            s = draw(n, k, d, dtypes, weigh, labels=labels, by=by)
+            for alpha, ema in ((0.5, False), (0.3, True)):
+                check_update(s, alpha, ema, update(s, alpha, ema))
+                assert len(twin.launches()) == 2
+            g = torch.linspace(0.5, 1.5, n)
+            for need_centers in (False, True):
+                check_backward(s, g, need_centers, backward(s, g, need_centers))
+                assert len(twin.launches()) == 1 + need_centers
+
+
+@pytest.mark.parametrize("machine", ["h200", "t4"])
+@pytest.mark.parametrize("k", [3, 200, 70_000])
+def test_many_rows(k: int, machine: str, twin: Any) -> None:
+    """One block sorts while it has room; several take two launches per digit. Warps of many rows."""
+    twin.machine(machine)
+    for n, labels in ((3001, "some"), (5003, "skewed"), (17001, "some")):
+        s = draw(n, k, 5 if n > 10_000 else 8, labels=labels)
+        check_update(s, 0.5, False, update(s))
+        here = n < (4000 if machine == "t4" else 16384)
+        found = twin.launches()
+        assert len(found) == (2 if here else 1 + 2 * (1 if k < 255 else 3)), [one["grid"] for one in found]
+        assert [one["overlap"] for one in found] == [False] + [True] * (len(found) - 1)
+
+
+def test_gradients_of_what_is_expanded(twin: Any) -> None:
+    """A gradient with stride 0, in half precision too."""
+    s = draw(30, 4, 12)
+    for g in (torch.tensor(0.75).expand(30), torch.tensor(0.75).half().expand(30), torch.linspace(1, 2, 60)[::2]):
+        for need_centers in (False, True):
+            check_backward(s, g.float(), need_centers, backward(s, g, need_centers))
+
+
+@pytest.mark.parametrize("d", [6, 8])
+def test_by_class_out_of_range(d: int, twin: Any) -> None:
+    """A label out of range moves no center, and makes its row's gradients NaN."""
+    s = draw(40, 5, d, weigh="weights", labels="all")
+    y = s.y.clone()
+    y[7], y[20], y[21] = 5, 1 << 40, -5
+    bad = s._replace(y=y)
+    valid = bad._replace(y=torch.where(y > 4, -1, y))
+    assert_bitwise(update(bad), update(valid))
+    for need_centers in (False, True):
+        dx, dc, da = backward(bad, torch.ones(40), need_centers)
+        for grad in (dx, da):
+            assert grad.isnan().any(1).nonzero()[:, 0].tolist() == [7, 20] and grad[[7, 20]].isnan().all()
+            assert not grad[21].any()
+        if need_centers:
+            assert_bitwise(dc, backward(valid, torch.ones(40), True)[1])
+
+
+def test_nothing_by_class(twin: Any) -> None:
+    for s in (draw(0, 4, 3), Sample(torch.ones(3, 0), torch.zeros(3).long(), torch.ones(4, 0), None, False)):
+        assert_bitwise(update(s), s.c)
+        dx, dc, _ = backward(s, torch.ones(s.x.shape[0]), True)
+        assert dx.shape == s.x.shape and dc.shape == s.c.shape and not dc.any()
+    assert not twin.launches()
+    none = Sample(torch.ones(2, 3), torch.tensor([-1, -2]), torch.empty(0, 3), None, False)
+    dx, dc, _ = backward(none, torch.ones(2), True)
+    assert not dx.any() and dc.shape == (0, 3)
+    assert update(none).shape == (0, 3)
+    left = draw(50, 4, 8)._replace(y=torch.full((50,), IGNORED))
+    assert_bitwise(update(left), left.c)
+
+
+def test_update_traffic(twin: Any) -> None:
+    """Features read once; centers of classes with rows written once and read by the warps that have them."""
+    for n, k, d, dtypes in ((128, 9, 128, DTYPES[0]), (96, 40, 40, DTYPES[3])):
+        s = draw(n, k, d, dtypes, labels="some")
+        keep, present = int(counted(s).sum()), len(set(s.y[counted(s)].tolist()))
+        c = s.c.clone()
+        with twin.traffic(x=s.x, y=s.y, c=c) as moved:
+            OPS.update_centers_(c, s.x, s.y, None, False, 0.5, False, 0.0, IGNORED)
+        row = d * s.x.element_size()
+        assert (moved["x"].loaded, moved["x"].again, moved["y"].loaded) == (keep * row, 0, s.y.nbytes)
+        assert moved["c"].stored == present * row
+        warps = -(-n // 4)
+        assert moved["c"].loaded <= (2 * present + warps) * row
+
+
+def test_by_class_same_bits(twin: Any) -> None:
+    s = draw(301, 7, 132, weigh="logits", labels="skewed")
+    found = []
+    for seed in range(3):
+        twin.module.seed(seed)
+        found.append((update(s), *backward(s, torch.linspace(0, 1, 301), True)))
+    for other in found[1:]:
+        for got, right in zip(other, found[0], strict=True):
+            assert_bitwise(got, right)
+
+
+@pytest.mark.parametrize("weigh", ["none", "weights", "logits"])
+def test_by_class_is_tritons(weigh: str, twin: Any) -> None:
+    for dtypes in (DTYPES[0], DTYPES[2]):
+        s = draw(90, 6, 21, dtypes, weigh)
+        torch.testing.assert_close(update(s), update(s, ops=triton))
+        g = torch.linspace(0.5, 1.5, 90)
+        for need_centers in (False, True):
+            ours, theirs = backward(s, g, need_centers), backward(s, g, need_centers, ops=triton)
+            for got, right in zip(ours, theirs, strict=True):
+                assert got.dtype == right.dtype and got.shape == right.shape and got.stride() == right.stride()
+                torch.testing.assert_close(got, right)
+
+
+def test_the_island_is_tritons(twin: Any) -> None:
+    s = draw(9, 4, 5)
+    assert_bitwise(update(s, island=0.5), update(s, ops=triton, island=0.5))
+    assert not twin.launches()
+    with pytest.raises(ValueError, match="must be contiguous"):
+        OPS.update_centers_(s.c.T.contiguous().T, s.x, s.y, None, False, 0.5, False, 0.0, IGNORED)
+
+
+def test_by_class_barriers(twin: Any) -> None:
+    several, one = draw(300, 5, 132, labels="skewed"), draw(31, 200, 9, labels="all")
+    many = draw(5003, 300, 2, labels="skewed")
+
+    def check() -> None:
+        twin.machine("t4")
+        check_update(several, 0.5, False, update(several))
+        check_update(one, 0.5, False, update(one))
+        check_update(many, 0.5, False, update(many))
+
+    assert not twin.unnoticed_barriers(check)
