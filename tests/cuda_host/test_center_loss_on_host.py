@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from dlkernels.testing import assert_bitwise, assert_within_budget
 from dlkernels.triton import center_loss as triton
 
+ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.dlkernels_cuda_host
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of features, centers and attention.
@@ -18,6 +20,18 @@ DTYPES = [(F32, F32, F32), (F16, F16, F32), (F16, F32, F16), (BF16, BF16, BF16),
 NONE, MEAN, SUM = 0, 1, 2
 IGNORED = 3
 NAN = float("nan")
+
+
+def barrier_after(file: str, text: str) -> str:
+    """The name of the first __syncthreads behind a text."""
+    lines = (ROOT / "csrc" / file).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if text in line)
+    line = next(i for i in range(start, len(lines)) if "__syncthreads" in lines[i])
+    return f"{Path(file).name}:{line + 1}"
+
+
+# Before a block's ticket: for the sake of other blocks, which do not run meanwhile here.
+LAST_BLOCK = barrier_after("common/cuda_reduce.h", "bool last_block(")
 
 
 class Sample(NamedTuple):
@@ -244,7 +258,7 @@ def test_forward_barriers(twin: Any) -> None:
         check_forward(later, MEAN, False, forward(later, MEAN, False))
         check_forward(long, NONE, True, forward(long, NONE, True))
 
-    assert not twin.unnoticed_barriers(check)
+    assert set(twin.unnoticed_barriers(check)) <= {LAST_BLOCK}
 
 
 # By class -------------------------------------------------------------------------------------------------------------
@@ -410,13 +424,23 @@ def test_the_island_is_tritons(twin: Any) -> None:
 
 
 def test_by_class_barriers(twin: Any) -> None:
-    several, one = draw(300, 5, 132, labels="skewed"), draw(31, 200, 9, labels="all")
-    many = draw(5003, 300, 2, labels="skewed")
+    """Warps of fewer rows than others, and fewer digits than warps: somebody gets ahead where a barrier is missing."""
+    samples = [
+        draw(100, 5, 132, labels="skewed"),
+        draw(2218, 300, 2, labels="skewed"),
+        draw(100, 1, 2),
+        draw(4203, 300, 2, labels="skewed"),
+        draw(4203, 1, 2),
+    ]
 
     def check() -> None:
         twin.machine("t4")
-        check_update(several, 0.5, False, update(several))
-        check_update(one, 0.5, False, update(one))
-        check_update(many, 0.5, False, update(many))
+        for s in samples:
+            check_update(s, 0.5, False, update(s))
 
-    assert not twin.unnoticed_barriers(check)
+    unseen = {
+        LAST_BLOCK,
+        # Of the keys: each fiber has loaded all of its own before its warp goes on.
+        barrier_after("cuda/center_loss_sort_kernel.cu", "keys[i] = sort_key"),
+    }
+    assert set(twin.unnoticed_barriers(check, seeds=3, forked=True)) <= unseen
