@@ -14,8 +14,7 @@ constexpr int64_t kCountRows = 16 * kThreads;  // of a block of the counting ker
 constexpr int64_t kMaxPartials = 1 << 16;
 
 // Packs of a thread's row that are on their way at a time.
-template <int N>
-constexpr int kRowUnroll = N == 8 ? 2 : 4;
+constexpr int row_unroll(int pack, bool attention) { return pack == 1 ? 4 : 16 / pack / (attention ? 2 : 1); }
 
 struct RowsShared {
   BlockSums<float, 1> sums[2];
@@ -42,7 +41,7 @@ DL_DEVICE int64_t count_labels(const CenterLossTensors& t, int64_t begin, int64_
 // A row in the hands of `lanes` threads; this one does packs `member`, `member + lanes`, ...
 template <class T, int N, bool kAttention>
 struct CenterRow {
-  static constexpr int U = kRowUnroll<N>;
+  static constexpr int U = row_unroll(N, kAttention);
   const CenterRowsArgs& a;
   int lanes, member;
   bool wide_centers, wide_attention;
@@ -117,7 +116,7 @@ struct CenterRow {
 // threads. Requires  with N > 1, rows of whole packs at multiples of 16 bytes. Result    bitwise reproducible on one
 // kind of device: blocks and their sums in a fixed order, no float atomics.
 template <class T, int N, bool kAttention>
-DL_KERNEL(kThreads, kAttention ? 2 : 3)
+DL_KERNEL(kThreads, 2)
 center_rows_kernel(const CenterRowsArgs a, const CenterRowsPlan plan) {
   RowsShared& shared = *shared_memory<RowsShared>();
   const CenterLossTensors& t = a.t;
@@ -217,7 +216,8 @@ center_count_kernel(const CenterRowsArgs a, const int64_t rows) {
 CenterRowsPlan plan_center_rows(const Machine& machine, const CenterLossTensors& t, bool packs, bool mean,
                                 bool need_grad) {
   const int64_t size = size_of(t.dtype), pack = packs ? 16 / size : 1;
-  const int64_t unroll = pack == 8 ? kRowUnroll<8> : kRowUnroll<4>, each = ceil_div(ceil_div(t.d, pack), unroll);
+  const int64_t unroll = row_unroll(static_cast<int>(pack), t.attention != nullptr),
+                each = ceil_div(ceil_div(t.d, pack), unroll);
   CenterRowsPlan plan{1, 0, CenterDivisor::kOne, false};
   while (plan.lanes < kWarp && plan.lanes < each) plan.lanes *= 2;
   // Long rows, and rows that are too few to give each multiprocessor several warps.

@@ -7,7 +7,7 @@ TESTS = "tests/cuda_host/test_center_loss_on_host.py"
 MUTATIONS = [
     (ROWS, "keeps && label < t.k", "keeps && label <= t.k", f"{TESTS}::test_labels_out_of_range"),
     (ROWS, "if (each >= kThreads / 2 || (each > kWarp && few))", "if (false && few)", f"{TESTS}::test_long_rows"),
-    (SORT, "base + before + 1;", "base + before;", f"{TESTS}::test_by_class"),
+    (SORT, "base + before + 1;", "base + before;", f"{TESTS}::test_many_rows"),
     (SORT, "if (n <= kSortHere && 8 * n <= room)", "if (n <= kSortHere)", f"{TESTS}::test_many_rows"),
     (
         SUMS,

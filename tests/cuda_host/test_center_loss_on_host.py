@@ -17,6 +17,7 @@ OPS = torch.ops.dlkernels_cuda_host
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of features, centers and attention.
 DTYPES = [(F32, F32, F32), (F16, F16, F32), (F16, F32, F16), (BF16, BF16, BF16), (BF16, F32, F32)]
+WEIGHTS = ("none", "weights", "logits")
 NONE, MEAN, SUM = 0, 1, 2
 IGNORED = 3
 NAN = float("nan")
@@ -124,7 +125,7 @@ def check_forward(s: Sample, reduction: int, need_grad: bool, found: Any) -> Non
 def test_forward(by: int, dtypes: Any, twin: Any) -> None:
     """Every kind of attention and of reduction; lanes from one to a warp, packs and single elements."""
     for i, (n, k, d) in enumerate([(1, 5, 1), (37, 5, 7), (70, 40, 16), (33, 9, 24), (9, 300, 264), (5, 4, 136)]):
-        for weigh in ("none", "weights", "logits"):
+        for weigh in WEIGHTS:
             s = draw(n, k, d, dtypes, weigh, labels="narrow" if i == 1 else "some", by=by)
             for reduction in (NONE, MEAN, SUM):
                 for need_grad in (False, True):
@@ -233,7 +234,7 @@ def test_forward_same_bits(twin: Any) -> None:
 
 
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
-@pytest.mark.parametrize("weigh", ["none", "weights", "logits"])
+@pytest.mark.parametrize("weigh", WEIGHTS)
 def test_forward_is_tritons(weigh: str, reduction: int, twin: Any) -> None:
     for dtypes in (DTYPES[0], DTYPES[2]):
         s = draw(19, 6, 21, dtypes, weigh)
@@ -310,12 +311,12 @@ def check_backward(s: Sample, g: Tensor, need_centers: bool, found: Any) -> None
 def test_by_class(by: int, dtypes: Any, twin: Any) -> None:
     """The update and all gradients in two launches: one block and several, one slab and several, however rows lie."""
     cases = [(1, 5, 1, "all"), (37, 5, 7, "narrow"), (70, 300, 16, "some"), (300, 5, 132, "skewed")]
-    for n, k, d, labels in [*cases, (129, 9, 40, "backwards"), (260, 4, 136, "one")]:
-        for weigh in ("none", "weights", "logits"):
+    for i, (n, k, d, labels) in enumerate([*cases, (129, 9, 40, "backwards"), (260, 4, 136, "one")]):
+        for weigh in WEIGHTS if n < 100 and not by else WEIGHTS[i % 3 :][:1]:
             s = draw(n, k, d, dtypes, weigh, labels=labels, by=by)
-            for alpha, ema in ((0.5, False), (0.3, True)):
-                check_update(s, alpha, ema, update(s, alpha, ema))
-                assert len(twin.launches()) == 2
+            alpha, ema = ((0.5, False), (0.3, True))[i % 2]
+            check_update(s, alpha, ema, update(s, alpha, ema))
+            assert len(twin.launches()) == 2
             g = torch.linspace(0.5, 1.5, n)
             for need_centers in (False, True):
                 check_backward(s, g, need_centers, backward(s, g, need_centers))
@@ -402,7 +403,7 @@ def test_by_class_same_bits(twin: Any) -> None:
             assert_bitwise(got, right)
 
 
-@pytest.mark.parametrize("weigh", ["none", "weights", "logits"])
+@pytest.mark.parametrize("weigh", WEIGHTS)
 def test_by_class_is_tritons(weigh: str, twin: Any) -> None:
     for dtypes in (DTYPES[0], DTYPES[2]):
         s = draw(90, 6, 21, dtypes, weigh)
