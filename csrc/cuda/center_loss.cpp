@@ -60,8 +60,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> center_loss_fwd(
   const Dense dense(features, labels, centers, attention, logits, ignore_index);
   const CenterLossTensors& t = dense.tensors;
   const bool reduced = reduction != kNone, weighed = t.attention != nullptr;
-  const at::Tensor nothing = at::empty({0}, dense.x.options());
-  at::Tensor dx = need_grad ? at::empty_like(dense.x) : nothing;
+  at::Tensor dx = need_grad ? at::empty_like(dense.x) : at::empty({0}, dense.x.options());
   at::Tensor dattention =
       need_grad && weighed ? at::empty_like(dense.attention) : at::empty({0}, dense.like().options());
   if (t.n == 0) {

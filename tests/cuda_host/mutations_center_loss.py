@@ -12,7 +12,7 @@ MUTATIONS = [
     (
         SUMS,
         "after = label(end);\n    Floats<N> center;",
-        "after = label(end - 1);\n    Floats<N> center;",
+        "after = label(end + 1);\n    Floats<N> center;",
         f"{TESTS}::test_by_class",
     ),
     (SUMS, "if (first || last) keep(s, first);", "if (first) keep(s, first);", f"{TESTS}::test_by_class"),

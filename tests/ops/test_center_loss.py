@@ -522,6 +522,8 @@ OPTIONS = [
 def test_rejects_options(call: Any, error: type, message: str, backend: str) -> None:
     if backend in GPU_BACKENDS and error is IndexError:
         pytest.skip("by design: a GPU is not waited for; tests/triton_kernels shows the NaN, and what stays as it was")
+    if backend == "cuda" and message.endswith("in [0, 1]") and "alpha" not in message:
+        pytest.skip("by design: a GPU is not waited for; tests/cuda_host shows the NaN")
     with unmodified(X, Y, CENTERS, A), pytest.raises(error) as raised:
         call()
     assert message in str(raised.value).splitlines()[0], str(raised.value)
