@@ -55,6 +55,13 @@ DL_HOST_DEVICE constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
+namespace launching {
+
+// Remembers per kernel and device what it was allowed beyond 48 KB and clusters of 8. True when that was known already.
+bool remember(const void* kernel, int device, unsigned shared, unsigned cluster);
+
+}  // namespace launching
+
 #if defined(__CUDACC__)
 
 namespace launching {
@@ -67,10 +74,6 @@ inline void check(cudaError_t error, const Queue& queue, const LaunchShape& s) {
                            " bytes of shared memory in clusters of " + std::to_string(s.cluster) +
                            " failed: " + cudaGetErrorString(error));
 }
-
-// Raises what a kernel may ask for beyond 48 KB or clusters of 8; remembered per kernel and device. True when it was
-// known already.
-bool remember(const void* kernel, int device, unsigned shared, unsigned cluster);
 
 inline cudaLaunchConfig_t configuration(const Queue& queue, const LaunchShape& s,
                                         cudaLaunchAttribute (&attributes)[2]) {
@@ -135,7 +138,7 @@ int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P..
   return clusters;
 }
 
-#else
+#elif defined(DL_CUDA_HOST)
 
 template <class... P, class... A>
 void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), const A&... args) {

@@ -132,7 +132,7 @@ DL_DEVICE int atomic_add_shared(int* counter, int value) { return atomicAdd(coun
 
 }  // namespace dlkernels
 
-#else
+#elif defined(DL_CUDA_HOST)
 
 #include "shim.h"  // tests/cuda_host; nothing else puts that folder on the include path
 
@@ -142,6 +142,8 @@ namespace dlkernels {
 
 constexpr int kWarp = 32;
 
+#if defined(__CUDACC__) || defined(DL_CUDA_HOST)  // not in the host sides, which only launch
+
 DL_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 DL_DEVICE int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 DL_DEVICE int warps() { return static_cast<int>(blockDim.x) / kWarp; }
@@ -150,5 +152,7 @@ DL_DEVICE void cluster_barrier() {
   cluster_arrive();
   cluster_wait();
 }
+
+#endif
 
 }  // namespace dlkernels

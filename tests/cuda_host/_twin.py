@@ -69,15 +69,22 @@ def build(sanitize: bool = True, *, jobs: int | None = None, changed: dict[Path,
 def compile_one(job: tuple[list[str], Path, Path]) -> str:
     command, source, target = job
     partial = target.with_suffix(f".{os.getpid()}.o")
-    done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True, env=plain()
+    )
     if done.returncode == 0:
         partial.replace(target)
     source.unlink(missing_ok=True)
     return done.stderr[-6000:] if done.returncode else ""
 
 
+def plain() -> dict[str, str]:
+    """The environment without what the twin's own processes preload."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=plain())
     if done.returncode:
         raise RuntimeError(done.stderr[-6000:])
 
@@ -95,8 +102,12 @@ def torch_libraries() -> list[str]:
     return [*found, "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
 
 
-def environment(library: Path, sanitize: bool = True) -> dict[str, str]:
-    """What a Python process needs to load the library, and to fail when a sanitizer finds something."""
+def environment(library: Path, sanitize: bool = True, report: Path | None = None) -> dict[str, str]:
+    """What a Python process needs to load the library, and to fail when a sanitizer finds something.
+
+    Its report goes to the files report.PID: what a test writes to stderr, pytest keeps, and a process that ends loses.
+    """
+    report = report or library.parent / "report"
     env = {"DLKERNELS_CUDA_HOST": str(library)}
     if sanitize:
         gcc = os.environ.get("CXX", "c++").split()
@@ -105,8 +116,8 @@ def environment(library: Path, sanitize: bool = True) -> dict[str, str]:
             for n in ("libasan.so", "libstdc++.so")
         ]
         env["LD_PRELOAD"] = " ".join(preload)
-        env["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0:detect_stack_use_after_return=0"
-        env["UBSAN_OPTIONS"] = "print_stacktrace=1"
+        env["ASAN_OPTIONS"] = f"detect_leaks=0:detect_stack_use_after_return=0:log_path={report}"
+        env["UBSAN_OPTIONS"] = f"print_stacktrace=1:log_path={report}"
     return env
 
 
