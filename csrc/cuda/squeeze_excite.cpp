@@ -62,10 +62,9 @@ SqueezeExciteArgs arguments(const Tensors& t, const Rows& rows, int64_t activati
   return a;
 }
 
-SqueezeExciteProblem problem(const SqueezeExciteArgs& a, bool backward) {
-  return {
-      a.n,     a.c, a.s, a.r, size_of(a.dtype), a.last, on_16_bytes({a.x, a.residual, a.y, a.dy, a.dx, a.dresidual}),
-      backward};
+SqueezeExciteProblem problem(const SqueezeExciteArgs& a, int64_t tensors) {
+  return {a.n,    a.c, a.s, a.r, size_of(a.dtype), a.last, on_16_bytes({a.x, a.residual, a.y, a.dy, a.dx, a.dresidual}),
+          tensors};
 }
 
 // A weight as a matrix of float32.
@@ -124,7 +123,7 @@ Forward squeeze_excite_fwd(const at::Tensor& input, const Optional& w1, const Op
   a.mean = a.pooled = mean.mutable_data_ptr<float>();
   a.hidden = hidden.mutable_data_ptr<float>();
   a.gate_value = e.mutable_data_ptr<float>();
-  const SqueezeExciteProblem p = problem(a, false);
+  const SqueezeExciteProblem p = problem(a, 1);
   const Machine& machine = *call.queue.machine;
   a.plan = squeeze_excite_plan(p, machine);
   if (a.plan.regime == Regime::kCluster) {
@@ -187,7 +186,7 @@ Backward squeeze_excite_bwd(const at::Tensor& grad_output, const at::Tensor& inp
   a.dresidual = a.residual_activation != 0 ? written(dresidual) : nullptr;
   a.dz2 = dz2.mutable_data_ptr<float>(), a.dz1 = dz1.mutable_data_ptr<float>();
   a.activated = activated.mutable_data_ptr<float>();
-  const SqueezeExciteProblem p = problem(a, true);
+  const SqueezeExciteProblem p = problem(a, a.dresidual != nullptr ? 3 : 2);
   const Machine& machine = *call.queue.machine;
   a.plan = squeeze_excite_plan(p, machine);
   if (a.plan.regime == Regime::kCluster && !launch_squeeze_excite_cluster_grad(call.queue, a))

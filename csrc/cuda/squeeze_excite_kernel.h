@@ -9,7 +9,7 @@ namespace dlkernels {
 // The dynamic shared memory of a block: parts of tensors, then floats.
 struct SqueezeExciteShared {
   unsigned slab = 0;     // bytes of one tensor's part, a multiple of 16
-  unsigned slabs = 0;    // 0, 1 or 2 of them
+  unsigned slabs = 0;    // 0 to 3 of them
   unsigned visible = 0;  // channels whose sums the block holds
   unsigned gates = 0;    // backward: their gates beside them
   unsigned wide = 0;     // outputs of the first layer

@@ -26,7 +26,7 @@ struct Tile {
 
 template <class T>
 struct Room {
-  T *slab, *second;
+  T *slab, *second, *third;
   float *sums, *gate, *part, *hidden, *scratch;
   bool* flag;
 };
@@ -36,6 +36,7 @@ DL_DEVICE Room<T> room(const SqueezeExciteShared& s) {
   Room<T> r;
   r.slab = reinterpret_cast<T*>(memory);
   r.second = reinterpret_cast<T*>(memory + s.slab);
+  r.third = reinterpret_cast<T*>(memory + 2 * s.slab);
   r.sums = reinterpret_cast<float*>(memory + s.slab * s.slabs);
   r.gate = r.sums + s.visible;
   r.part = r.gate + s.gates;
@@ -98,6 +99,15 @@ DL_DEVICE Floats<N> of_channels(bool last, bool whole, I inner, I o, const V& va
 // Sums per channel
 // -----------------------------------------------------------------------------------------------------
 
+// dz, from dy in its place.
+template <int N>
+DL_DEVICE void upstream(int kind, const Floats<N>& x, const Floats<N>& e, const Floats<N>& r, Floats<N>& dz) {
+  with_activation(static_cast<Activation>(kind), [&](auto k) {
+    DL_UNROLL
+    for (int j = 0; j < N; ++j) dz[j] = squeeze_excite_upstream<decltype(k)::value>(x[j], e[j], r[j], dz[j]);
+  });
+}
+
 // What is summed, from global memory: x or dz x. On its way x or dz is kept in shared memory, where there is a `keep`.
 template <class T, int N, Pass P, Use kUse>
 struct Streamed {
@@ -147,30 +157,35 @@ struct Streamed {
     if (keep != nullptr) *reinterpret_cast<Pack<T, N>*>(keep + row * tile.width + col) = kept;
     return v;
   }
-  DL_DEVICE static void upstream(int kind, const Floats<N>& x, const Floats<N>& e, const Floats<N>& r, Floats<N>& dz) {
-    with_activation(static_cast<Activation>(kind), [&](auto k) {
-      DL_UNROLL
-      for (int j = 0; j < N; ++j) dz[j] = squeeze_excite_upstream<decltype(k)::value>(x[j], e[j], r[j], dz[j]);
-    });
-  }
 };
 
 // The same from shared memory, one by one: where packs lie in two rows.
 template <class T, Pass P>
 struct Resident {
-  static constexpr int kWidth = 1, kUnroll = 4;
-  const T *v, *factor;
-  int width;
+  static constexpr int kWidth = 1, kUnroll = P == Pass::kGradAct ? 1 : 4;
+  const T *x, *dy, *residual;  // of the tile, rows behind each other
+  const float* e;
+  int width, kind;
+  bool last;
 
   struct Raw {
-    T v, factor;
+    T x, dy;
   };
   DL_DEVICE Raw get(int row, int col) const {
     const int at = row * width + col;
-    return {v[at], P == Pass::kForward ? v[at] : factor[at]};
+    return {x[at], P == Pass::kForward ? x[at] : dy[at]};
   }
-  DL_DEVICE Floats<1> term(const Raw& raw, int, int) const {
-    return {{P == Pass::kForward ? to_float(raw.v) : to_float(raw.v) * to_float(raw.factor)}};
+  DL_DEVICE Floats<1> term(const Raw& raw, int row, int col) const {
+    Floats<1> v{{to_float(raw.x)}};
+    if constexpr (P != Pass::kForward) {
+      Floats<1> dz{{to_float(raw.dy)}};
+      if constexpr (P == Pass::kGradAct) {
+        const Floats<1> r{{to_float(residual[row * width + col])}}, gate{{load_one(e + (last ? col : row))}};
+        upstream(kind, v, gate, r, dz);
+      }
+      v[0] *= dz[0];
+    }
+    return v;
   }
 };
 
@@ -257,7 +272,7 @@ DL_DEVICE void column_sums(const S& source, int rows, int width, float* scratch,
     if (groups == 1) {
       DL_UNROLL
       for (int j = 0; j < V; ++j)
-        if (base + column < columns) done((base + column) * V + j, sum[j]);
+        if (group == 0 && base + column < columns) done((base + column) * V + j, sum[j]);
       continue;
     }
     // More than one group: all columns at once.
@@ -305,24 +320,26 @@ DL_DEVICE void channel_sums(const SqueezeExciteArgs& a, int64_t n, const Tile& t
   if constexpr (N > 1) {
     if (a.plan.straddles) {
       const int length = tile.rows * tile.width;
-      copy_tile<T, N>(room.slab, P == Pass::kForward ? x : dy, length);
-      if constexpr (P != Pass::kForward) copy_tile<T, N>(room.second, x, length);
+      T* const held = P == Pass::kForward ? room.slab : room.second;
+      copy_tile<T, N>(held, x, length);
+      if constexpr (P != Pass::kForward) copy_tile<T, N>(room.slab, dy, length);
+      if constexpr (P == Pass::kGradAct) copy_tile<T, N>(room.third, residual, length);
       close_copies();
       copies_done();
-      if constexpr (P == Pass::kGradAct) {  // a thread finds what it has copied
+      __syncthreads();
+      sums(Resident<T, P>{held, room.slab, room.third, e, tile.width, a.residual_activation, a.last});
+      if constexpr (P == Pass::kGradAct) {  // sums take dz unrounded: they are gradients in float32
+        __syncthreads();
         for (int i = static_cast<int>(threadIdx.x) * N; i < length; i += static_cast<int>(blockDim.x) * N) {
-          const Floats<N> r = load<N>(residual + i);
-          const Floats<N> v = to_floats(*reinterpret_cast<const Pack<T, N>*>(room.second + i));
-          Floats<N> dz = to_floats(*reinterpret_cast<const Pack<T, N>*>(room.slab + i));
-          Streamed<T, N, P, kUse>::upstream(a.residual_activation, v,
-                                            of_channels<N>(a.last, false, tile.width, i, GlobalValues{e}), r, dz);
+          const auto at = [&](const T* v) { return to_floats(*reinterpret_cast<const Pack<T, N>*>(v + i)); };
+          Floats<N> dz = at(room.slab);
+          upstream(a.residual_activation, at(room.second),
+                   of_channels<N>(a.last, false, tile.width, i, GlobalValues{e}), at(room.third), dz);
           const Pack<T, N> kept = to_pack<T>(dz);
           store_pack<N, kUse>(dresidual + i, kept);
           *reinterpret_cast<Pack<T, N>*>(room.slab + i) = kept;
         }
       }
-      __syncthreads();
-      sums(Resident<T, P>{room.slab, room.second, tile.width});
       return;
     }
   }

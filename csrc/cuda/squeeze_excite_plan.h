@@ -11,9 +11,9 @@ namespace dlkernels {
 struct SqueezeExciteProblem {
   int64_t n, c, s, r;  // r = 0: one layer, C x C
   int64_t itemsize;
-  bool last;      // channels innermost
-  bool aligned;   // all pointers are multiples of 16 bytes
-  bool backward;  // two tensors are read
+  bool last;        // channels innermost
+  bool aligned;     // all pointers are multiples of 16 bytes
+  int64_t tensors;  // that are summed: x; backward x, dy and, with an activation behind the residual, it
 };
 
 namespace squeeze_excite_planning {
@@ -73,9 +73,9 @@ inline Plan cluster_of(const SqueezeExciteProblem& p, int64_t k) {
   plan.threads = threads_for(ceil_div(slab * z.inner, z.pack), 512);
   split_rows(plan, slab, z.inner / z.width());
   plan.shared.slab = static_cast<unsigned>(round_up(slab * z.inner * p.itemsize, 16));
-  plan.shared.slabs = p.backward && z.straddles ? 2 : 1;
+  plan.shared.slabs = z.straddles ? static_cast<unsigned>(p.tensors) : 1;
   plan.shared.visible = static_cast<unsigned>(round_up(p.last ? p.c : own, 4));
-  plan.shared.gates = p.backward ? plan.shared.visible : 0;
+  plan.shared.gates = p.tensors > 1 ? plan.shared.visible : 0;
   plan.shared.wide = static_cast<unsigned>(p.r > 0 ? p.r : p.c), plan.shared.hidden = static_cast<unsigned>(p.r);
   plan.shared.scratch = plan.threads * static_cast<unsigned>(p.last ? z.width() : 1);
   return plan;
@@ -109,9 +109,9 @@ inline Plan tiles_of(const SqueezeExciteProblem& p, const Machine& m, bool layer
   Plan plan;
   plan.packs = Sizes(p, true).packs;
   Sizes z(p, true);
-  int64_t tile = kTile / p.itemsize / (z.straddles && p.backward ? 2 : 1);
-  if (z.straddles && round_up(z.unit * z.inner, 8) * p.itemsize * (p.backward ? 2 : 1) >
-                         std::min<int64_t>(m.shared_per_block, 4 * kTile) / 2)
+  int64_t tile = std::min<int64_t>(kTile, m.shared_per_block / 2) / p.itemsize / (z.straddles ? p.tensors : 1);
+  if (z.straddles &&
+      round_up(z.unit * z.inner, 8) * p.itemsize * p.tensors > std::min<int64_t>(m.shared_per_block, 4 * kTile) / 2)
     z = Sizes(p, false);
   while (tile > 256 * z.pack && p.n * ceil_div(p.c * p.s, tile) < 2 * m.multiprocessors) tile /= 2;
   plan.sum_packs = z.packs, plan.straddles = z.straddles;
@@ -120,7 +120,7 @@ inline Plan tiles_of(const SqueezeExciteProblem& p, const Machine& m, bool layer
     const int64_t rows = std::min(z.rows, std::max(z.unit, tile / z.inner / z.unit * z.unit));
     (p.last ? positions : channels) = rows;
     plan.shared.slab = static_cast<unsigned>(round_up(rows * z.inner * p.itemsize, 16));
-    plan.shared.slabs = p.backward ? 2 : 1;
+    plan.shared.slabs = static_cast<unsigned>(p.tensors);
   } else if (p.last) {
     channels = std::min(p.c, 256 * z.pack);
     positions = ceil_div(p.s, ceil_div(p.s, std::max<int64_t>(8, tile / channels)));
@@ -150,7 +150,7 @@ inline SqueezeExcitePlan squeeze_excite_sweeps(const SqueezeExciteProblem& p, co
   layers = layers && 4 * (2 * p.c + 2 * p.r) <= std::min<int64_t>(kLayers, m.shared_per_block / 2);
   Plan plan = tiles_of(p, m, layers);
   plan.regime = layers ? Plan::Regime::kWalk : Plan::Regime::kMatmul;
-  const int64_t bytes = p.c * p.s * p.itemsize * (p.backward ? 2 : 1);
+  const int64_t bytes = p.c * p.s * p.itemsize * std::min<int64_t>(p.tensors, 2);
   plan.batch = layers ? std::clamp<int64_t>(std::min(kBatch, m.l2 / 2) / bytes, 1, p.n) : p.n;
   return plan;
 }
