@@ -110,6 +110,11 @@ def run(case: Case, dy: Tensor, of: Any = OPS) -> tuple[list[Tensor], list[Tenso
     return [y, *of.squeeze_excite_bwd(dy, case.x, *kept, *case[1:])], kept
 
 
+def outputs(case: Case, of: Any = OPS) -> list[Tensor]:
+    found, kept = run(case, upstream(case), of)
+    return [*found, *kept]
+
+
 def upstream(case: Case) -> Tensor:
     return torch.randn(case.x.shape, generator=torch.Generator().manual_seed(7)).to(case.x.dtype)
 
@@ -151,9 +156,8 @@ SWEPT = (3, 12, 2, 1100)  # 26 KB and more
 
 
 def with_clusters(twin: Any, size: int, call: Callable[[], Any]) -> Any:
-    """The call's result on the machine with the most shared memory that takes clusters of at least this size."""
-    low, high = 256, 64 << 10
-    result = None
+    """The call's result on a machine whose shared memory asks for clusters of this size."""
+    low, high = 512, 32 << 10
     while low + 32 < high:
         shared = (low + high) // 2
         machine(twin, 90, shared)
@@ -166,9 +170,9 @@ def with_clusters(twin: Any, size: int, call: Callable[[], Any]) -> Any:
             assert "bytes of shared memory" in str(error)
             clusters = 32
         low, high = (low, shared) if clusters < size else (shared, high)
-        result = now if clusters == size else result
-    assert result is not None, f"no machine asks for clusters of {size}"
-    return result
+        if clusters == size:
+            return now
+    raise AssertionError(f"no machine asks for clusters of {size}")
 
 
 @LAYOUTS
@@ -244,3 +248,235 @@ def test_matmul(shape: tuple[int, ...], dtype: torch.dtype, last: bool, twin: An
         check(make(shape, dtype, "12r" if after else "1", act=SILU, gate=HARD, after=after, last=last))
         points = 3 if shape[2] else 1
         assert len(twin.launches()) == 2 + (points + 1) // 2 + 2 + points, "no sum needs another launch"
+
+
+# Options, layouts, edges ----------------------------------------------------------------------------------------------
+
+# A machine for each regime, at the shape of small().
+REGIMES = {"cluster": (90, 64 << 10, 50 << 20), "walk": (80, 2816, 8 << 10), "matmul": (90, 64 << 10, 64)}
+regimes = pytest.mark.parametrize("regime", REGIMES)
+
+
+def small(regime: str, **how: Any) -> Case:
+    return make((2, 16, 24 if regime == "matmul" else 3, 92), **how)
+
+
+def enter(twin: Any, regime: str) -> None:
+    """On its machine, for both passes."""
+    machine(twin, *REGIMES[regime])
+    twin.launches()
+    run(small(regime), torch.ones(2, 16, 92))
+    launches = twin.launches()
+    assert len(launches) == {"cluster": 2, "walk": 8, "matmul": 9}[regime], len(launches)
+
+
+@regimes
+def test_hidden_activations_and_gates(regime: str, twin: Any) -> None:
+    enter(twin, regime)
+    for act, gate_code in itertools.product((1, 2, 3, 4), GATES.values()):
+        check(small(regime, given="12", act=act, gate=gate_code, last=act % 2 == 0))
+
+
+@regimes
+@pytest.mark.parametrize("after", ACTIVATIONS.values())
+def test_residual_activations(after: int, regime: str, twin: Any) -> None:
+    enter(twin, regime)
+    for dtype, last in itertools.product(DTYPES, (False, True)):
+        check(small(regime, dtype=dtype, given="12r", after=after, last=last))
+
+
+@regimes
+def test_every_option_alone_and_left_out(regime: str, twin: Any) -> None:
+    enter(twin, regime)
+    for given in ("", "1", "2", "r", "1r", "2r"):
+        check(small(regime, given=given))
+
+
+@regimes
+@pytest.mark.parametrize("half", DTYPES[1:], ids=str)
+def test_weights_of_different_dtypes(half: torch.dtype, regime: str, twin: Any) -> None:
+    enter(twin, regime)
+    case = small(regime, dtype=half)
+    for single in itertools.chain.from_iterable(itertools.combinations(range(1, 5), k) for k in (1, 2, 3)):
+        check(Case(*(t.to(torch.float32 if i in single else half) if 0 < i < 5 else t for i, t in enumerate(case))))
+
+
+@regimes
+@LAYOUTS
+def test_every_remainder(last: bool, regime: str, twin: Any) -> None:
+    """Channels, hidden units and positions around the widths of packs and warps, in float16."""
+    machine(twin, *REGIMES[regime])
+    sizes = [(c, 3, 4) for c in (1, 7, 8, 9, 31, 33, 65)] + [(4, r, 6) for r in (1, 5, 32, 33)]
+    for c, r, s in sizes + [(2, 1, s) for s in (1, 2, 7, 8, 31, 64, 67)]:
+        s += 1450 // c if regime == "walk" else 0  # too large for shared memory
+        check(make((2, c, r, s), torch.float16, "12r", after=SILU, last=last))
+
+
+@regimes
+@LAYOUTS
+def test_unaligned(last: bool, regime: str, twin: Any) -> None:
+    """Every tensor in turn begins in the middle of a pack."""
+    enter(twin, regime)
+    case = small(regime, given="12r", dtype=torch.bfloat16, after=SILU, last=last)
+    dy = upstream(case)
+    expected, _ = run(case, dy)
+    for i in (*(i for i in range(6)), 6):
+        t = dy if i == 6 else case[i]
+        moved = t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t)
+        found, _ = run(case if i == 6 else Case(*case[:i], moved, *case[i + 1 :]), moved if i == 6 else dy)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1.6e-2, atol=1e-2)
+
+
+@regimes
+def test_strides(regime: str, twin: Any) -> None:
+    """Expanded, transposed and strided inputs."""
+    enter(twin, regime)
+    case = small(regime, given="12r", after=SILU)
+    for dy in (torch.tensor(-1.7).expand(2, 16, 92), torch.randn(2, 92, 16).mT, torch.randn(16, 1).expand(2, 16, 92)):
+        check(case, dy=dy)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in case[:6]]
+    for a, b in zip(outputs(Case(*strided, *case[6:])), outputs(case), strict=True):
+        assert_bitwise(a, b)
+
+
+@regimes
+def test_nothing_leaks_out_of_a_sample(regime: str, twin: Any) -> None:
+    enter(twin, regime)
+    case = small(regime)
+    clean, _ = run(case, upstream(case))
+    case.x[0, 3, 5] = torch.nan
+    y, dx, *_ = run(case, upstream(case))[0]
+    assert y[0].isnan().any() and dx[0].isnan().any()
+    assert_bitwise(y[1], clean[0][1])
+    assert_bitwise(dx[1], clean[1][1])
+
+
+@pytest.mark.parametrize("r", [2, 0])
+def test_empty_batch(r: int, twin: Any) -> None:
+    case = make((0, 5, r, 9), given="12r", after=1)
+    y, *kept = OPS.squeeze_excite_fwd(*case)
+    assert y.shape == (0, 5, 9) and [tuple(t.shape) for t in kept] == [(0, 5), (0, r), (0, 5)]
+    for given, grad in zip(case[:6], OPS.squeeze_excite_bwd(y, case.x, *kept, *case[1:]), strict=True):
+        assert grad.shape == ((0,) if given is None else given.shape)
+        assert torch.equal(grad, torch.zeros_like(grad))
+    assert not twin.launches()
+
+
+@regimes
+def test_means_beyond_float16(regime: str, twin: Any) -> None:
+    """Sums that float16 cannot hold."""
+    enter(twin, regime)
+    case = small(regime, dtype=torch.float16)
+    check(case._replace(x=case.x + 6000, w1=case.w1 / 6000))
+
+
+def test_convolutions_weights(twin: Any) -> None:
+    """Ones behind the two dimensions; the gradient has them too."""
+    for regime in REGIMES:
+        enter(twin, regime)
+        case = small(regime)
+        found = outputs(case._replace(w1=case.w1[..., None, None], w2=case.w2[..., None, None]))
+        for a, b in zip(found, outputs(case), strict=True):
+            assert_bitwise(a.squeeze(-1).squeeze(-1) if a.dim() == 4 else a, b)
+
+
+# What is promised -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h200", "a100", "t4"])
+@pytest.mark.parametrize("shape", [(2, 24, 6, 49), (1, 8, 2, 3136), (3, 96, 4, 1), (2, 18, 2, 81)], ids=str)
+def test_machines(name: str, shape: tuple[int, ...], twin: Any) -> None:
+    """Small samples are one launch everywhere."""
+    twin.machine(name)
+    check(make(shape, torch.bfloat16, "12r", after=SILU))
+    assert len(twin.launches()) == 2
+
+
+@pytest.mark.parametrize("name", ["h200", "a100", "t4"])
+def test_regimes_of_machines(name: str, twin: Any) -> None:
+    """A sample of 240 KB: a cluster, else two sweeps; one of much weight and many samples: matrix products."""
+    twin.machine(name)
+    x = make((1, 8, 1, 7680))
+    OPS.squeeze_excite_fwd(*x)
+    launches = twin.launches()
+    assert [s["cluster"] for s in launches] == ([8] if name == "h200" else [1, 1])
+    OPS.squeeze_excite_fwd(*make((60, 128, 128, 1)))
+    assert len(twin.launches()) == 4
+
+
+@regimes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_tritons(dtype: torch.dtype, regime: str, twin: Any) -> None:
+    """The same numbers from Triton's launchers."""
+    enter(twin, regime)
+    eps = torch.finfo(dtype).eps
+    for last in (False, True):
+        case = small(regime, dtype=dtype, given="12r", act=SILU, gate=HARD, after=SILU, last=last)
+        for a, b in zip(outputs(case), outputs(case, triton), strict=True):
+            assert a.dtype == b.dtype and a.stride() == b.stride()
+            torch.testing.assert_close(a, b, rtol=4 * max(eps, 1e-5), atol=4 * max(eps, 1e-5))
+
+
+@regimes
+@LAYOUTS
+def test_reproducible(last: bool, regime: str, twin: Any) -> None:
+    """The same bits whatever the order of threads and blocks."""
+    enter(twin, regime)
+    case = small(regime, given="12r", after=SILU, last=last, dtype=torch.bfloat16)
+    expected = outputs(case)
+    for seed in range(3):
+        twin.module.seed(seed)
+        for a, b in zip(outputs(case), expected, strict=True):
+            assert_bitwise(a, b)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("regime", ["cluster", "walk"])
+@pytest.mark.parametrize("after", [0, SILU])
+def test_traffic(after: int, regime: str, dtype: torch.dtype, last: bool, twin: Any) -> None:
+    """x, dy and the residual are read once, y and dx written once; the scale of two sweeps reads x or dz again."""
+    machine(twin, *REGIMES[regime])
+    case = make((2, 8, 1, 360), dtype, "r", after=after, last=last)
+    dy, again = upstream(case), case.x.nbytes if regime == "walk" else 0
+    with twin.traffic(x=case.x, residual=case.residual) as moved:
+        y, *kept = OPS.squeeze_excite_fwd(*case)
+    bytes_ = case.x.nbytes
+    assert (moved["x"].loaded, moved["x"].again) == (bytes_ + again, again)
+    assert (moved["residual"].loaded, moved["residual"].again) == (bytes_, 0)
+    small = 4 * 2 * 9 * 8 + bytes_ // 12  # numbers per channel, sums of chunks
+    assert bytes_ < moved["all"].stored <= bytes_ + small
+    with twin.traffic(x=case.x, residual=case.residual, dy=dy) as moved:
+        OPS.squeeze_excite_bwd(dy, case.x, *kept, *case[1:5], case.residual if after else None, *case[6:])
+    assert (moved["x"].loaded, moved["x"].again) == (bytes_, 0)
+    assert moved["residual"].loaded == (bytes_ if after else 0)
+    assert moved["dy"].loaded == bytes_ + (0 if after else again)
+    assert moved["all"].stored <= bytes_ * (2 if after else 1) + small
+
+
+def unnoticed(twin: Any, case: Case) -> list[str]:
+    expected = outputs(case)
+
+    def same() -> None:
+        for a, b in zip(outputs(case), expected, strict=True):
+            assert_bitwise(a, b)
+
+    return twin.unnoticed_barriers(same)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("r", [5, 0])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("after", [0, SILU])
+def test_barriers(after: int, dtype: torch.dtype, r: int, last: bool, twin: Any) -> None:
+    found = {}
+    for regime in ("cluster", "walk"):
+        machine(twin, *REGIMES[regime])
+        found[regime] = unnoticed(twin, make((2, 16, r, 92), dtype, "12r", act=SILU, after=after, last=last))
+    machine(twin, 90, 4 << 10)
+    case = make((2, 64, r, 68), dtype, "12r", act=SILU, after=after, last=last)
+    twin.launches()
+    found["clusters"] = unnoticed(twin, case)
+    print({x["cluster"] for x in twin.launches()}, found)
+    raise AssertionError
