@@ -73,7 +73,7 @@ struct SqueezeExciteArgs {
   float* dz1;            // [N, R]
   float* activated;      // [N, R] act(hidden)
   // Walk and matmul
-  float* ds;                 // [N, C] gradient of the mean, divided by S
+  float* ds;                 // [N, C] gradient of the mean, divided by S; nullptr in a cluster
   float* pooled;             // [N, C] matmul: the mean or, backward, the gate's gradient
   float* partial;            // [batch, chunks, C]
   unsigned* counters;        // [batch], zero

@@ -466,6 +466,10 @@ DL_DEVICE void layers_backward(const SqueezeExciteArgs& a, int64_t n, const Shar
     columns_times(w, wide, share.count, wide, own, room.scratch, [&](int i, float sum) { room.part[i] = sum; });
   });
   meet(share);
+  const auto finish = [&](int i, float sum) {
+    own[i] = sum / positions;
+    if (a.ds != nullptr) store_one<Use::kAgain>(a.ds + n * a.c + share.first + i, own[i]);
+  };
   if (two) {
     for (int r = thread; r < a.r; r += threads) {
       const float da = gathered(room.part + r, share), z = load_one(a.hidden + n * a.r + r);
@@ -476,13 +480,10 @@ DL_DEVICE void layers_backward(const SqueezeExciteArgs& a, int64_t n, const Shar
       if (share.rank == 0) store_one(a.dz1 + n * a.r + r, room.hidden[r]);
     }
     __syncthreads();
-    with_weight<T>(a.w1, share.first, [&](const auto* w) {
-      columns_times(w, a.c, a.r, share.count, room.hidden, room.scratch,
-                    [&](int i, float sum) { own[i] = sum / positions; });
-    });
+    with_weight<T>(a.w1, share.first,
+                   [&](const auto* w) { columns_times(w, a.c, a.r, share.count, room.hidden, room.scratch, finish); });
   } else {
-    for (int i = thread; i < share.count; i += threads)
-      own[i] = gathered(room.part + share.first + i, share) / positions;
+    for (int i = thread; i < share.count; i += threads) finish(i, gathered(room.part + share.first + i, share));
   }
 }
 

@@ -15,6 +15,7 @@ DL_DEVICE void in_sample(const SqueezeExciteArgs& a, F f) {
   const int64_t size = a.c * a.s;
   const unsigned blocks = static_cast<unsigned>(ceil_div(size, int64_t{N} * kThreads * kUnroll));
   const unsigned block = gridDim.x - 1 - blockIdx.x, sample = block / blocks;
+  wait_for_previous_kernel();
   f((int64_t{block - sample * blocks} * kUnroll * kThreads + threadIdx.x) * N, a.first_n + sample);
 }
 
@@ -131,7 +132,7 @@ void launch_scale(const Queue& queue, const SqueezeExciteArgs& a) {
       constexpr int N = decltype(width)::value;
       const int64_t blocks = a.samples * ceil_div(a.c * a.s, int64_t{N} * kThreads * kUnroll);
       const auto kernel = kGrad ? scale_grad_kernel<T, N> : scale_kernel<T, N>;
-      launch(queue, {static_cast<unsigned>(blocks), kThreads}, kernel, a);
+      launch(queue, {static_cast<unsigned>(blocks), kThreads, 0, 1, /*overlap=*/true}, kernel, a);
     });
   });
 }

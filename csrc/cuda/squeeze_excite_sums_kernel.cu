@@ -21,7 +21,6 @@ template <class T, int N, Pass P>
 DL_KERNEL(kSumThreads, P == Pass::kGradAct ? 2 : 4)
 sums_kernel(const SqueezeExciteArgs a) {
   const SqueezeExcitePlan& plan = a.plan;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const unsigned chunks = static_cast<unsigned>(plan.chunks), tiles = plan.channel_tiles * chunks;
   const unsigned sample = blockIdx.x / tiles, in_sample = blockIdx.x - sample * tiles;
   const unsigned channel_tile = in_sample / chunks, chunk = in_sample - channel_tile * chunks;
@@ -38,6 +37,7 @@ sums_kernel(const SqueezeExciteArgs a) {
   channel_sums<T, N, P, Use::kAgain, false>(a, n, tile, room, [&](int i, float sum) {
     store_one<Use::kAgain>(out + first_c + i, merges ? sum : sum / divisor);
   });
+  allow_next_kernel();
   if (!merges || !last_block(a.counters + sample, tiles, *room.flag)) return;
   column_sums(Partial{a.partial + int64_t{sample} * chunks * a.c, a.c}, static_cast<int>(chunks), a.c, room.scratch,
               [&](int c, float sum) {
@@ -48,13 +48,8 @@ sums_kernel(const SqueezeExciteArgs a) {
   if (!walks) return;
   __syncthreads();
   const Share all{1, 0, 0, a.c};
-  if constexpr (P == Pass::kForward) {
-    layers_forward<T>(a, n, all, room.sums, room);
-  } else {
-    layers_backward<T>(a, n, all, room.sums, room);
-    __syncthreads();
-    for (int c = thread; c < a.c; c += threads) store_one<Use::kAgain>(a.ds + n * a.c + c, room.sums[c]);
-  }
+  if constexpr (P == Pass::kForward) layers_forward<T>(a, n, all, room.sums, room);
+  else layers_backward<T>(a, n, all, room.sums, room);
 }
 
 template <Pass P>
