@@ -63,7 +63,13 @@ SqueezeExciteArgs arguments(const Tensors& t, const Rows& rows, int64_t activati
 }
 
 SqueezeExciteProblem problem(const SqueezeExciteArgs& a, int64_t tensors) {
-  return {a.n,    a.c, a.s, a.r, size_of(a.dtype), a.last, on_16_bytes({a.x, a.residual, a.y, a.dy, a.dx, a.dresidual}),
+  return {a.n,
+          a.c,
+          a.s,
+          a.r,
+          size_of(a.dtype),
+          a.last,
+          on_16_bytes({a.x, a.residual, a.y, a.dy, a.dx, a.dresidual, a.gate_value}),
           tensors};
 }
 

@@ -6,7 +6,7 @@ namespace squeeze_excite {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // packs of a thread that are on their way at a time
+constexpr int kUnroll = 2;  // packs of a thread that are on their way at a time
 
 // f(first element of a thread in its sample, sample): blocks go from the last sample to the first, since what was
 // summed last is what L2 still holds.

@@ -330,6 +330,10 @@ def test_unaligned(last: bool, regime: str, twin: Any) -> None:
         found, _ = run(case if i == 6 else Case(*case[:i], moved, *case[i + 1 :]), moved if i == 6 else dy)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1.6e-2, atol=1e-2)
+    _, *kept = OPS.squeeze_excite_fwd(*case)
+    moved = [t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t) for t in kept]
+    for a, b in zip(OPS.squeeze_excite_bwd(dy, case.x, *moved, *case[1:]), expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1.6e-2, atol=1e-2)
 
 
 @regimes
