@@ -146,14 +146,6 @@ def machine(twin: Any, arch: int, shared: int, l2: int = 50 << 20, multiprocesso
     twin.module.machine(arch, multiprocessors, shared, 2 * shared + 2048, 2048, l2)
 
 
-def sweeps(twin: Any, l2: int = 50 << 20) -> None:
-    """A sample does not fit into shared memory."""
-    machine(twin, 80, 20 << 10, l2)
-
-
-SWEPT = (3, 12, 2, 1100)  # 26 KB and more
-
-
 # Clusters -------------------------------------------------------------------------------------------------------------
 
 
