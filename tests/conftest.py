@@ -105,7 +105,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and device != "cuda":
         pytest.skip("needs gpu: run with --device cuda")
     for name in sorted(_needs_of(item)):
-        if device == "cuda" and name in ("cpp", "interpreter", "twin") and "device" in getattr(item, "fixturenames", ()):
+        if (
+            device == "cuda"
+            and name in ("cpp", "interpreter", "twin")
+            and "device" in getattr(item, "fixturenames", ())
+        ):
             continue  # there these marks stand for "a kernel behind the op", which there is on a GPU
         reason = NEEDS[name]()
         if reason:

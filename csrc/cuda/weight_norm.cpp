@@ -3,7 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <array>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -69,6 +71,8 @@ void plan(Problem& p, unsigned max_cluster) {
                                 static_cast<int>(element_bytes), packs, max_cluster);
 }
 
+unsigned portable_cluster(const Machine& machine) { return machine.clusters() ? 8 : 1; }
+
 WeightNormLayer layer_of(const Problem& p) {
   WeightNormLayer a{};
   a.v = p.v.const_data_ptr();
@@ -92,10 +96,10 @@ WeightNormLayer layer_of(const Problem& p) {
 // One weight
 // ------------------------------------------------------------------------------------------------------------
 
+// Fills in p.tiling.
 void run(const char* op, Problem& p) {
   const CudaCall call(op, p.v);
-  constexpr unsigned kPortableCluster = 8;
-  plan(p, call.queue.machine->clusters() ? kPortableCluster : 1);
+  plan(p, portable_cluster(*call.queue.machine));
   if (p.tiling.sharing == WeightNormSharing::kSplit && call.queue.machine->clusters() && p.tiling.parts <= 16)
     plan(p, weight_norm_max_cluster(call.queue, p.dtype, p.backward));
   WeightNormLayer layer = layer_of(p);
@@ -130,11 +134,70 @@ Pair weight_norm_bwd(const at::Tensor& grad_output, const at::Tensor& v, const a
   return p.result();
 }
 
+// The weights of a model
+// ------------------------------------------------------------------------------------------------
+
+// Every weight whose units are a block's each goes in one launch of its dtype, the others in calls of their own.
+void run_all(const char* op, std::vector<Problem>& problems) {
+  constexpr Float kDtypes[] = {Float::kFloat32, Float::kFloat16, Float::kBFloat16};
+  std::array<std::vector<WeightNormLayer>, 3> layers;
+  std::array<std::vector<unsigned>, 3> units;
+  for (Problem& p : problems) {
+    if (!has_work(p)) continue;
+    plan(p, portable_cluster(machine_of(p.v.is_cuda() ? p.v.get_device() : 0)));
+    if (p.tiling.sharing != WeightNormSharing::kWhole) {
+      run(op, p);
+      continue;
+    }
+    const auto i = std::find(std::begin(kDtypes), std::end(kDtypes), p.dtype) - std::begin(kDtypes);
+    layers[i].push_back(layer_of(p));
+    units[i].push_back(p.tiling.units);
+  }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].empty()) continue;
+    const CudaCall call(op, problems[0].v);
+    launch_weight_norm(call.queue, kDtypes[i], problems[0].backward, layers[i].data(), units[i].data(),
+                       static_cast<int64_t>(layers[i].size()));
+  }
+}
+
+// f(i) makes the i-th problem, and one(i) serves what CUDA C++ does not.
+template <class F, class G>
+Lists run_list(const char* op, at::TensorList v, F problem, G one) {
+  Lists results{std::vector<at::Tensor>(v.size()), std::vector<at::Tensor>(v.size())};
+  std::vector<Problem> problems;
+  for (size_t i = 0; i < v.size(); ++i) {
+    TORCH_CHECK_VALUE(v[i].device() == v[0].device(), op, ": all weights must be on one device");
+    if (served(v[i]) && fits(v[i])) {
+      problems.push_back(problem(i));
+      std::tie(std::get<0>(results)[i], std::get<1>(results)[i]) = problems.back().result();
+    } else {
+      std::tie(std::get<0>(results)[i], std::get<1>(results)[i]) = one(i);
+    }
+  }
+  run_all(op, problems);
+  return results;
+}
+
+Lists weight_norm_multi_fwd(at::TensorList v, at::TensorList g) {
+  return run_list(
+      "weight_norm_multi_fwd", v, [&](size_t i) { return forward_problem(v[i], g[i]); },
+      [&](size_t i) { return weight_norm_fwd(v[i], g[i]); });
+}
+
+Lists weight_norm_multi_bwd(at::TensorList grad_output, at::TensorList v, at::TensorList g, at::TensorList norm) {
+  return run_list(
+      "weight_norm_multi_bwd", v, [&](size_t i) { return backward_problem(grad_output[i], v[i], g[i], norm[i]); },
+      [&](size_t i) { return weight_norm_bwd(grad_output[i], v[i], g[i], norm[i]); });
+}
+
 }  // namespace
 
 DL_CUDA_LIBRARY(m) {
   m.impl("weight_norm_fwd", weight_norm_fwd);
   m.impl("weight_norm_bwd", weight_norm_bwd);
+  m.impl("weight_norm_multi_fwd", weight_norm_multi_fwd);
+  m.impl("weight_norm_multi_bwd", weight_norm_multi_bwd);
 }
 
 }  // namespace dlkernels

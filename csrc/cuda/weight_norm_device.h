@@ -91,7 +91,7 @@ struct Share {
   }
 
   // sum v^2, or sum dw v: N sums side by side.
-  DL_DEVICE Floats<N> sums() const {
+  DL_DEVICE Floats<N> sums() {
     Floats<N> total{};
     const auto add = [&](const Floats<N>& e, const Floats<N>& y) {
       DL_UNROLL
@@ -99,6 +99,8 @@ struct Share {
     };
     DL_UNROLL
     for (int j = 0; j < kHeld; ++j) {
+      keep_packed(held_v[j]);
+      if constexpr (kBackward) keep_packed(held_x[j]);
       const Floats<N> e = to_floats(held_v[j]);
       if constexpr (kBackward) add(e, to_floats(held_x[j]));
       else add(e, e);
@@ -274,7 +276,7 @@ DL_DEVICE void sum_exactly(const WeightNormLayer& a, const Place& p, const Share
 
 // shared.squares or shared.dots of the part of a unit that this block has.
 template <class T, int N, bool kColumns, bool kBackward>
-DL_DEVICE void sum_part(const WeightNormLayer& a, const Place& p, const Share<T, N, kColumns, kBackward>& share,
+DL_DEVICE void sum_part(const WeightNormLayer& a, const Place& p, Share<T, N, kColumns, kBackward>& share,
                         TileShared<T>& shared) {
   if (threadIdx.x == 0) shared.exact = 0;
   const auto keep = [&](unsigned k, float total) {

@@ -56,7 +56,7 @@ DL_DEVICE void any_unit(const WeightNormLayer& a, unsigned unit) {
 
 // Math      n = ||v||;  w = (g / n) v;  dg = <dw, v> / n;  dv = (g / n) (dw - (dg / n) v);  all 0 where n is 0.
 // Traffic   per element: read v (and dw), write the result. What a block does not hold is read a second time, from L2:
-//           the excess over 8 packs of 16 bytes (16 single elements) of each of its threads.
+//           the excess over weight_norm_held() packs of each of its threads.
 // Grid      one block per unit: rows of up to a warp's length side by side, one longer row, or a tile of columns. The
 //           layer is found by its first unit.
 // Requires  outer, rows, inner below 2^31; packs: 16-byte aligned tensors, whole packs in a row (in rows * inner:

@@ -17,7 +17,7 @@ constexpr int kWeightNormThreads = 256;
 constexpr int kWeightNormTile = 256;  // k's of a tile at most
 
 // Packs (or elements, where 16 bytes do not fit) of a thread that stay in registers between the two steps.
-constexpr int weight_norm_held(bool packs) { return packs ? 8 : 16; }
+constexpr int weight_norm_held(bool packs) { return packs ? 7 : 14; }
 
 enum class WeightNormSharing : uint8_t {
   kWhole,    // a block per unit

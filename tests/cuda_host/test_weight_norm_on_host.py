@@ -115,3 +115,177 @@ def test_units_of_several_blocks(case: Case, machine: str, twin: Any) -> None:
 def test_units_of_several_blocks_in_half(shape: Any, machine: str, dtype: torch.dtype, twin: Any) -> None:
     twin.machine(machine)
     check(*tensors(shape, dtype, wide_g=True))
+
+
+# Edges ----------------------------------------------------------------------------------------------------------------
+
+# One of each form: short rows, a block's row, columns, columns of several elements, a cluster, two launches.
+FORMS = [
+    ((1, 40, 5), "h200"),
+    ((1, 4, 300), "h200"),
+    ((40, 5, 1), "h200"),
+    ((7, 8, 3), "h200"),
+    ((1, 4, 9000), "h200"),
+    ((1600, 4, 4), "h200"),
+    ((1, 4, 30000), "a100"),
+    ((6000, 4, 1), "a100"),
+]
+forms = pytest.mark.parametrize(("shape", "machine"), FORMS, ids=lambda x: x if isinstance(x, str) else str(Case(x)))
+
+
+@forms
+def test_zeros_and_not_finite(shape: Any, machine: str, twin: Any) -> None:
+    """A row of zeros gives zeros whatever its gradient; what is not finite stays in its row."""
+    twin.machine(machine)
+    v, g, dw = tensors(shape, torch.float32)
+    v[:, 1] = 0
+    dw[:, 1] = float("nan")
+    v[0, 2, 0] = float("inf")
+    actual = everything(v, g, dw)
+    for t in actual:
+        assert (t.movedim(1, 0)[1] == 0).all() if t.dim() == 3 else t[1] == 0
+    assert actual[0][0, 2, 0].isnan() and actual[1][2].isinf()
+    keep = [0, 3]
+    check(v[:, keep], g[keep], dw[:, keep], tuple(t[:, keep] if t.dim() == 3 else t[keep] for t in actual))
+
+
+@forms
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_squares_out_of_range(scale: float, shape: Any, machine: str, twin: Any) -> None:
+    """Rows whose squares leave float's range are computed in double, beside rows that are not."""
+    twin.machine(machine)
+    v, g, _ = tensors(shape, torch.float32)
+    v[:, 0] *= scale
+    v[:, 3] *= scale
+    dw = v.sign() + 0.1  # dg adds up what does not cancel
+    w, norm, dv, dg = everything(v, g, dw)
+    exact = plain(v.double(), g.double(), dw.double())
+    for a, e in zip((w, norm, dg), (exact[0], exact[1], exact[3]), strict=True):
+        assert_within_budget(a, e)
+    for k in range(4):
+        assert_within_budget(dv[:, k], exact[2][:, k])
+    half = v.bfloat16()
+    assert_within_budget(OPS.weight_norm_fwd(half, g.bfloat16())[0], plain(half.double(), g.bfloat16().double(), v)[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 3), (1, 3, 0)], ids=str)
+def test_empty(shape: Any, twin: Any) -> None:
+    v, g, dw = tensors(shape, torch.float32)
+    w, norm, dv, dg = everything(v, g, dw)
+    assert w.shape == dv.shape == shape and (norm == 0).all() and (dg == 0).all() and dg.shape == norm.shape == g.shape
+    assert not twin.launches()
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 64), (1, 3, 600), (5, 8, 4)], ids=str)
+def test_unaligned_and_strided(shape: Any, twin: Any) -> None:
+    """Tensors at any address are read where they lie, others are copied."""
+    v, g, dw = tensors(shape, torch.float32)
+    expected = everything(v, g, dw)
+    shifted = [torch.cat([torch.zeros(1), t.flatten()])[1:].view(shape) for t in (v, dw)]
+    check(v, g, dw, everything(shifted[0], g, shifted[1]))
+    strided = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in (v, dw)]
+    for a, e in zip(everything(strided[0], g, strided[1]), expected, strict=True):
+        assert_bitwise(a, e)
+
+
+# What launches promise ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "machine", "again"),
+    [
+        *(((1, 64, 96), "h200", 0), ((1, 5, 4608), "h200", 0), ((60, 32, 1), "h200", 0), ((6, 8, 9), "h200", 0)),
+        *(((1, 1, 7168), "a100", 0), ((1, 2, 8192 + 4608), "h200", 0), ((1600, 16, 1), "h200", 0)),
+        *(((1, 1, 60000), "a100", 1), ((6000, 8, 1), "a100", 1)),
+    ],
+    ids=str,
+)
+def test_traffic(shape: Any, machine: str, again: int, dtype: torch.dtype, twin: Any) -> None:
+    """One read of each input and one write, also of units that clusters share; in two launches two reads."""
+    twin.machine(machine)
+    v, g, dw = tensors(shape, dtype)
+    with twin.traffic(v=v) as moved:
+        w, norm = OPS.weight_norm_fwd(v, g)
+    assert (moved["v"].loaded, moved["v"].again) == ((1 + again) * v.nbytes, again * v.nbytes)
+    assert w.nbytes + norm.nbytes <= moved["all"].stored
+    if not again:
+        assert moved["all"].stored == w.nbytes + norm.nbytes
+    with twin.traffic(v=v, dw=dw) as moved:
+        _, dg = OPS.weight_norm_bwd(dw, v, g, norm)
+    assert moved["v"].loaded == moved["dw"].loaded == (1 + again) * v.nbytes
+    if not again:
+        assert moved["all"].stored == v.nbytes + dg.nbytes
+
+
+@forms
+def test_any_order_gives_the_same_bits(shape: Any, machine: str, twin: Any) -> None:
+    twin.machine(machine)
+    given = tensors(shape, torch.float32)
+    first = everything(*given)
+    for seed in range(3):
+        twin.module.seed(seed)
+        for a, b in zip(everything(*given), first, strict=True):
+            assert_bitwise(a, b)
+
+
+# Barriers that only keep the next write from the last read: a fiber that goes on alone does not show these.
+@forms
+def test_every_barrier_is_needed(shape: Any, machine: str, twin: Any) -> None:
+    twin.machine(machine)
+    given = tensors(shape, torch.float32)
+    given[0][:, 3] *= 1e30  # in double
+    expected = everything(*given)
+
+    def check() -> None:
+        for a, b in zip(everything(*given), expected, strict=True):
+            assert_bitwise(a, b)
+
+    assert twin.unnoticed_barriers(check, seeds=4) == []
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 7), (1, 2, 300), (6, 5, 1), (4, 3, 5), (2, 3, 70)], ids=str)
+def test_is_tritons(shape: Any, twin: Any) -> None:
+    v, g, dw = tensors(shape, torch.float32)
+    w, norm = triton.weight_norm_fwd(v, g)
+    check(v, g, dw, (w, norm, *triton.weight_norm_bwd(dw, v, g, norm)))
+    for a, b in zip(everything(v, g, dw), (w, norm, *triton.weight_norm_bwd(dw, v, g, norm)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_double_goes_to_triton(twin: Any) -> None:
+    v, g, dw = tensors((1, 3, 5), torch.float64)
+    for a, b in zip(everything(v, g, dw), plain(v, g, dw), strict=True):
+        assert a.dtype == torch.float64 and torch.allclose(a, b, rtol=1e-12)
+    assert not twin.launches()
+
+
+# The weights of a model -----------------------------------------------------------------------------------------------
+
+
+def test_many_weights(twin: Any) -> None:
+    """Each bitwise as alone; a launch a dtype, one per weight that several blocks share, and more for long lists."""
+    shapes = [c.shape for c in (*ROWS[3:8], *COLUMNS[2:6])] + [(1, 1, 20000), (2, 0, 3)]
+    lists: tuple[list[Tensor], ...] = ([], [], [])
+    for i, shape in enumerate(shapes * 2):
+        for some, t in zip(lists, tensors(shape, DTYPES[i % 2], seed=i), strict=True):
+            some.append(t)
+    v, g, dw = lists
+    w, norm = OPS.weight_norm_multi_fwd(v, g)
+    dv, dg = OPS.weight_norm_multi_bwd(dw, v, g, norm)
+    launches = twin.launches()
+    assert [x["op"] for x in launches] == ["weight_norm_multi_fwd"] * 4 + ["weight_norm_multi_bwd"] * 4
+    assert sorted(x["cluster"] for x in launches[:4]) == [1, 1, 2, 4]
+    for i in range(len(v)):
+        for a, b in zip((w[i], norm[i], dv[i], dg[i]), everything(v[i], g[i], dw[i]), strict=True):
+            assert_bitwise(a, b)
+
+
+def test_more_weights_than_a_table_holds(twin: Any) -> None:
+    v, g, dw = zip(*(tensors((1, 1 + i % 3, 2), torch.float32, seed=i) for i in range(900)), strict=True)
+    w, norm = OPS.weight_norm_multi_fwd(v, g)
+    launches = twin.launches()
+    assert len(launches) == 3 and sum(x["grid"] for x in launches) == 900
+    for i in (0, 407, 408, 815, 816, 899):
+        assert_bitwise(w[i], OPS.weight_norm_fwd(v[i], g[i])[0])
+        assert_within_budget(norm[i], plain(v[i].double(), g[i].double(), dw[i].double())[1])
