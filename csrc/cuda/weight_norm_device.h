@@ -10,7 +10,7 @@ namespace weight_norm {
 
 constexpr int kThreads = kWeightNormThreads, kTile = kWeightNormTile;
 
-enum Kind { kUsual, kZero, kExact };  // nothing but zeros; arithmetic in double
+enum Kind : int { kUsual, kZero, kExact };  // nothing but zeros; arithmetic in double
 
 template <class T>
 DL_DEVICE float read_g(const WeightNormLayer& a, unsigned k) {
@@ -27,7 +27,7 @@ DL_DEVICE void write_dg(const WeightNormLayer& a, unsigned k, float dg) {
 template <class A>
 struct Row {
   A a, b;
-  Kind kind;
+  int kind;
 };
 
 // From the sums over row k to what the row is multiplied by; writes norm or dg. `n` is the norm.

@@ -82,6 +82,7 @@ DL_KERNEL(kThreads, kBackward ? 2 : 3)
 weight_norm_sum_kernel(const WeightNormLayer a, const WeightNormParts parts) {
   TileShared<T>& shared = *shared_memory<TileShared<T>>();
   const PartOfUnit of = part_of_unit(parts.parts);
+  if (threadIdx.x == 0) shared.last = false;
   allow_next_kernel();
   with_form<T>(a, [&](auto n, auto columns) {
     constexpr int N = decltype(n)::value;
@@ -149,7 +150,7 @@ weight_norm_apply_kernel(const WeightNormLayer a, const WeightNormParts parts) {
       DL_UNROLL
       for (int i = 0; i < 3; ++i)
         planes[i] = load_pack<1, Use::kAgain>(parts.factors + static_cast<int64_t>(i) * a.rows + p.k0 + k).v[0];
-      rows[k] = {planes[0], planes[1], static_cast<Kind>(static_cast<int>(planes[2]))};
+      rows[k] = {planes[0], planes[1], static_cast<int>(planes[2])};
     }
     __syncthreads();
     apply_part<T, N, kColumns, kBackward>(a, p, share, rows);
