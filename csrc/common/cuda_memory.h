@@ -130,7 +130,7 @@ DL_DEVICE Pack<T, N> to_pack(const Floats<N>& x) {
   return pack;
 }
 
-// A pack that stays in registers as it lies in memory: numbers made from it before are made anew, and not kept for both.
+// A pack that stays in registers as it lies in memory: numbers made from it before are made anew, not kept.
 template <class T, int N>
 DL_DEVICE void keep_packed([[maybe_unused]] Pack<T, N>& pack) {
 #if defined(__CUDACC__)

@@ -59,7 +59,7 @@ constexpr int kWeightNormLayers = 4000 / sizeof(WeightNormLayer);
 constexpr int kWeightNormLayers = 32700 / sizeof(WeightNormLayer);
 #endif
 
-// Fewer layers than kMany make a small argument of their own.
+// The argument of a launch: of one layer, or of kWeightNormLayers.
 template <int kMany>
 struct WeightNormTable {
   unsigned layers;
