@@ -363,7 +363,9 @@ def test_cross_entropy_is_torchs(
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_gamma_zero_without_alpha_is_binary_cross_entropy(reduction: str, sigmoid_backend: str, device: torch.device) -> None:
+def test_gamma_zero_without_alpha_is_binary_cross_entropy(
+    reduction: str, sigmoid_backend: str, device: torch.device
+) -> None:
     torch.manual_seed(2)
     x = 3 * torch.randn(40, 17, device=device)
     y = torch.rand(40, 17, device=device)
@@ -449,7 +451,7 @@ def test_gradients_of_targets_and_weights(device: torch.device) -> None:
             torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
 
 
-def test_normalizer(backend: str, device: torch.device) -> None:
+def test_normalizer(sigmoid_backend: str, device: torch.device) -> None:
     """A number, or one element on the device, of any dtype; a constant to autograd."""
     torch.manual_seed(8)
     x = torch.randn(30, 7, device=device)
@@ -458,7 +460,7 @@ def test_normalizer(backend: str, device: torch.device) -> None:
         lambda x, **o: dk.sigmoid_focal_loss(x, y, reduction="sum", **o),
         lambda x, **o: dk.softmax_focal_loss(x, y, reduction="sum", **o),
         lambda x, **o: dk.cross_entropy(x, y, reduction="sum", **o),
-    ):
+    )[: 1 if sigmoid_backend == "cuda" else 3]:
         a = x.clone().requires_grad_()
         total = loss(a)
         (gradient,) = torch.autograd.grad(total, a)
@@ -470,7 +472,8 @@ def test_normalizer(backend: str, device: torch.device) -> None:
             assert out.shape == ()
             torch.testing.assert_close(out, total / 5)
             torch.testing.assert_close(torch.autograd.grad(out, b)[0], gradient / 5)
-    assert dk.cross_entropy(x, y, reduction="sum", normalizer=0).item() == INF
+    if sigmoid_backend != "cuda":
+        assert dk.cross_entropy(x, y, reduction="sum", normalizer=0).item() == INF
 
 
 # Known numbers --------------------------------------------------------------------------------------------------------
@@ -581,7 +584,9 @@ EXTREME = (-INF, -1000.0, -90.0, -20.0, -1.0, 0.0, 1.0, 20.0, 90.0, 1000.0, INF)
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_sigmoid_at_extreme_logits(gamma: float, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+def test_sigmoid_at_extreme_logits(
+    gamma: float, dtype: torch.dtype, sigmoid_backend: str, device: torch.device
+) -> None:
     """Losses are right in every digit, from 1e-36 up, and no gradient is NaN, whatever the target."""
     x = torch.tensor(EXTREME, dtype=dtype, device=device)
     for y in (0.0, 0.3, 1.0):
@@ -629,15 +634,22 @@ def test_softmax_at_extreme_logits(
             assert (gradient[:, 0 if classes > 2 else 2 :][:, : 0 if classes == 2 else 17] == 0).all()
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
-def test_nan_is_not_hidden(soft: bool, backend: str, device: torch.device) -> None:
-    """NaN logits, rows of -inf and rows with +inf give NaN losses, and leave the other rows alone."""
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_nan_is_not_hidden_by_the_sigmoid_loss(soft: bool, sigmoid_backend: str, device: torch.device) -> None:
+    """A NaN logit gives a NaN loss, and leaves the others alone."""
     x = torch.randn(5, 6, device=device)
     x[1, 2] = NAN
     y = torch.rand(5, 6, device=device) if soft else torch.ones(5, 6, device=device)
     loss = dk.sigmoid_focal_loss(x, y)
     assert loss.isnan().nonzero().tolist() == [[1, 2]]
     assert dk.sigmoid_focal_loss(x, y, reduction="sum").isnan()
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
+def test_nan_is_not_hidden(soft: bool, backend: str, device: torch.device) -> None:
+    """NaN logits, rows of -inf and rows with +inf give NaN losses, and leave the other rows alone."""
+    x = torch.randn(5, 6, device=device)
+    x[1, 2] = NAN
     x[3] = -INF
     x[4, 1] = INF
     target = torch.softmax(torch.randn(5, 6, device=device), 1) if soft else torch.randint(0, 6, (5,), device=device)
@@ -669,7 +681,7 @@ def test_masked_classes_cost_nothing(soft: bool, backend: str, device: torch.dev
         torch.testing.assert_close(a.grad, F.pad(b.grad, (0, 2)))
 
 
-def test_ignored_rows_are_not_looked_at(backend: str, device: torch.device) -> None:
+def test_ignored_rows_are_not_looked_at(sigmoid_backend: str, device: torch.device) -> None:
     """Loss 0, gradient 0, even where the logits are NaN; the mean is over the others."""
     torch.manual_seed(10)
     x = torch.randn(6, 4, device=device)
@@ -683,7 +695,7 @@ def test_ignored_rows_are_not_looked_at(backend: str, device: torch.device) -> N
             lambda x, y: dk.softmax_focal_loss(x, y, 0.5, 0.5, reduction),  # noqa: B023
             lambda x, y: dk.softmax_focal_loss(x, y, None, 2.0, reduction, label_smoothing=0.1),  # noqa: B023
             lambda x, y: dk.cross_entropy(x, y, reduction=reduction),  # noqa: B023
-        ):
+        )[: 1 if sigmoid_backend == "cuda" else 4]:
             a, b = x.clone().requires_grad_(), clone_rows(clean, keep)
             out, left = loss(a, y), loss(b, y[keep])
             torch.testing.assert_close(out[keep] if reduction == "none" else out, left)
@@ -699,10 +711,12 @@ def clone_rows(x: Tensor, keep: Tensor) -> Tensor:
     return x[keep].clone().requires_grad_()
 
 
-def test_all_rows_ignored(backend: str, device: torch.device) -> None:
+def test_all_rows_ignored(sigmoid_backend: str, device: torch.device) -> None:
     """The mean over nothing is NaN, its gradient zero; the sum is zero."""
     y = torch.full((3,), -100, device=device)
-    for loss in (dk.sigmoid_focal_loss, dk.softmax_focal_loss, dk.cross_entropy):
+    for loss in (dk.sigmoid_focal_loss, dk.softmax_focal_loss, dk.cross_entropy)[
+        : 1 if sigmoid_backend == "cuda" else 3
+    ]:
         for reduction, expected in (("mean", NAN), ("sum", 0.0)):
             x = torch.randn(3, 4, device=device).requires_grad_()
             out = loss(x, y, reduction=reduction)
@@ -848,9 +862,11 @@ def test_rejects(name: str) -> None:
 @pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_index", "softmax", "cross_entropy"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_labels_out_of_range(
-    kind: str, bad: str, dtype: torch.dtype, reduction: str, backend: str, device: torch.device
+    kind: str, bad: str, dtype: torch.dtype, reduction: str, sigmoid_backend: str, device: torch.device
 ) -> None:
     """IndexError that names the range and the label, wherever it stands; NaN on CUDA, where asking would wait."""
+    if sigmoid_backend == "cuda" and not kind.startswith("sigmoid"):
+        pytest.skip("by design: Triton serves the softmax losses")
     n = 301
     x = torch.randn(n, 5, device=device).requires_grad_()
     y = torch.zeros((n, 5) if kind == "sigmoid" else (n,), dtype=dtype, device=device)
@@ -860,7 +876,7 @@ def test_labels_out_of_range(
     for position in (0, n // 2, n - 1):
         labels = y.clone()
         labels.view(n, -1)[position, -1] = value
-        if device.type == "cuda" or backend == "triton":
+        if device.type == "cuda" or sigmoid_backend in ("triton", "cuda"):
             out = loss(x, labels, reduction=reduction)
             assert out.isnan().any()
             continue
