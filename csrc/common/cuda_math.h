@@ -104,6 +104,16 @@ DL_INLINE float vexp_short(float x) {
   return e < 1.17549435e-38f ? 0.0f : e;
 #endif
 }
+// Its inverse, for x >= 0: an error of 1.7e-7, or of that share of the result.
+DL_INLINE float vlog_short(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  const float y = log2f(x < 1.17549435e-38f ? 0.0f : x);
+#endif
+  return y * 0.693147182f;
+}
 template <class V>
 DL_INLINE V vsqrt(V x);
 template <>

@@ -48,9 +48,9 @@ struct Problem {
   }
 };
 
-// Classes are counted in 32 bits, with room to add a grid's stride.
+// Classes and packs are counted in 32 bits, with room to add a grid's stride.
 bool serves(const at::Tensor& input, const at::Tensor& target) {
-  return served(input) &&
+  return served(input) && input.numel() <= int64_t{1} << 33 &&
          (target.sizes() == input.sizes() || input.size(-1) <= std::numeric_limits<int32_t>::max() / 2);
 }
 
@@ -79,7 +79,7 @@ Outputs sigmoid_focal_loss_fwd(const at::Tensor& input, const at::Tensor& target
 
   Problem problem(input, target, alpha, gamma, ignore_index);
   SigmoidFocalArgs& args = problem.args;
-  const auto grid = static_cast<int64_t>(sigmoid_focal_grid(*call.queue.machine, args.dtype, args.numel));
+  const auto grid = static_cast<int64_t>(sigmoid_focal_grid(*call.queue.machine, args.dtype, args.numel, false));
   args.divisor = divisor.mutable_data_ptr<float>();
   if (stored) args.dx = grad.mutable_data_ptr();
   // float16 stores its gradient undivided: 1 / N would underflow before a loss scale can help.
@@ -136,9 +136,9 @@ at::Tensor sigmoid_focal_loss_bwd(const at::Tensor& grad_output, const at::Tenso
   Problem problem(input, target, alpha, gamma, ignore_index);
   SigmoidFocalArgs& args = problem.args;
   at::Tensor g = grad_output.to(at::kFloat).expand(input.sizes());
-  args.grad_each = std::any_of(g.strides().begin(), g.strides().end(), [](int64_t s) { return s != 0; });
-  if (args.grad_each) g = g.contiguous();
-  args.grad = g.const_data_ptr<float>();
+  const bool one = std::all_of(g.strides().begin(), g.strides().end(), [](int64_t stride) { return stride == 0; });
+  if (!one) g = g.contiguous();
+  (one ? args.grad_one : args.grad_each) = g.const_data_ptr<float>();
   args.dx = dx.mutable_data_ptr();
   launch_sigmoid_focal_loss(call.queue, args);
   return dx;

@@ -26,8 +26,8 @@ struct SigmoidFocalArgs {
   float alpha_1, alpha_0, gamma;
   float* loss;              // [numel] or nullptr
   void* dx;                 // [numel] or nullptr
-  const float* grad;        // [numel] or [] gradient of the losses, or nullptr
-  bool grad_each;           // [numel]
+  const float* grad_each;   // [numel] gradient of the losses, or nullptr
+  const float* grad_one;    // [] the same for all losses, or nullptr
   float* total;             // [] sum of the losses, divided; or nullptr
   float* partial;           // [grid] where the grid has several blocks
   int64_t* left_out;        // [grid], for kCountAlong
@@ -41,7 +41,7 @@ struct SigmoidFocalArgs {
 };
 
 // Blocks: of the shape and the machine alone, so that sums have one order.
-unsigned sigmoid_focal_grid(const Machine& machine, Float dtype, int64_t numel);
+unsigned sigmoid_focal_grid(const Machine& machine, Float dtype, int64_t numel, bool backward);
 void launch_sigmoid_focal_loss(const Queue& queue, const SigmoidFocalArgs& args);
 
 // Labels that each block of the loss' kernel may count for itself: what that costs is less than a launch.

@@ -1,8 +1,8 @@
 // Focal loss, sigmoid and softmax: the formulas, for one scalar or one vector V of them.
 //
 // Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit,
-// vreciprocal. No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0, so that
-// small losses keep their digits and gamma < 1 has finite gradients.
+// vreciprocal. No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0,
+// so that small losses keep their digits and gamma < 1 has finite gradients.
 #pragma once
 
 namespace dlkernels {
@@ -15,13 +15,20 @@ inline Gamma gamma_kind(double gamma) {
   return gamma == 0 ? Gamma::kZero : gamma == 1 ? Gamma::kOne : gamma == 2 ? Gamma::kTwo : Gamma::kAny;
 }
 
-// Exponentials for float32 inputs; or short ones (vexp_short) for half-precision inputs, whose own rounding is larger.
+// Exponentials and logarithms for float32 inputs; or short ones for half-precision inputs, whose own rounding is
+// larger.
 enum class Exp { kFull, kShort };
 
 template <Exp E, class V>
 DL_INLINE V exp_of(V x) {
   if constexpr (E == Exp::kShort) return vexp_short(x);
   else return vexp(x);
+}
+
+template <Exp E, class V>
+DL_INLINE V log_of(V x) {
+  if constexpr (E == Exp::kShort) return vlog_short(x);
+  else return vlog(x);
 }
 
 // u^gamma for u in [0, 1], with log_u at hand for the general exponent: finite, so that gamma = 0 gives 1 at u = 0 too.
@@ -74,7 +81,7 @@ DL_INLINE LossAndGrad<V> sigmoid_focal_hard(V u, double gamma) {
 template <Gamma G, Exp E = Exp::kFull, class V>
 DL_INLINE LossAndGrad<V> sigmoid_focal_soft(V x, V y, double gamma) {
   const Logistic<V> f = logistic<E>(x);
-  const V zero = splat<V>(0), small = f.e * f.r, not_y = splat<V>(1) - y;
+  const V small = f.e * f.r, not_y = splat<V>(1) - y;
   const V share = select(x < 0.0f, y, not_y), other = select(x < 0.0f, not_y, y);
   const V wrong = f.r * share, right = small * other;
   const V v = wrong + right;
@@ -86,8 +93,9 @@ DL_INLINE LossAndGrad<V> sigmoid_focal_soft(V x, V y, double gamma) {
     const V slope = v * (v * apart + tail * 2.0f);
     return {v * v * ce, select(x < 0.0f, -slope, slope)};
   }
-  const V focus = power<G, E>(v, vlog(v), gamma);
-  const V slope = focus * (apart + select(v > 0.0f, tail / v, zero) * splat<V>(gamma));
+  const V focus = power<G, E>(v, log_of<E>(v), gamma);
+  const V ratio = select(v >= 1.17549435e-38f, tail * vreciprocal(v), splat<V>(0));
+  const V slope = focus * (apart + ratio * splat<V>(gamma));
   return {focus * ce, select(x < 0.0f, -slope, slope)};
 }
 
