@@ -248,11 +248,6 @@ DL_INLINE V vlog1p(V x) {
 }
 
 template <class V>
-DL_INLINE V vreciprocal(V x) {
-  return splat<V>(1) / x;
-}
-
-template <class V>
 DL_INLINE V vsqrt(V x);
 template <>
 DL_INLINE double vsqrt(double x) {

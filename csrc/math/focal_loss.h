@@ -1,7 +1,7 @@
 // Focal loss, sigmoid and softmax: the formulas, for one scalar or one vector V of them.
 //
-// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit,
-// vreciprocal. No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0,
+// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit.
+// No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0,
 // so that small losses keep their digits and gamma < 1 has finite gradients.
 #pragma once
 
@@ -18,6 +18,12 @@ inline Gamma gamma_kind(double gamma) {
 // Exponentials and logarithms for float32 inputs; or short ones for half-precision inputs, whose own rounding is
 // larger.
 enum class Exp { kFull, kShort };
+
+// 1 / x. For float on GPUs, cuda_math.h has one without a division.
+template <class V>
+DL_INLINE V vreciprocal(V x) {
+  return splat<V>(1) / x;
+}
 
 template <Exp E, class V>
 DL_INLINE V exp_of(V x) {
