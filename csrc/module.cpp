@@ -20,6 +20,7 @@
 
 #ifdef DLKERNELS_WITH_CUDA
 #include "common/cuda_call.h"
+#include "cuda/optimizer_table.h"
 #endif
 
 #ifndef DLKERNELS_CUDA_ARCHS
@@ -69,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &dlkernels::build_info);
 #ifdef DLKERNELS_WITH_CUDA
   m.def("cuda_code_problem", &dlkernels::cuda_code_problem);
+  dlkernels::bind_cuda_optimizers(m);
 #endif
   dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);
