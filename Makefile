@@ -18,7 +18,7 @@ export PYTHONPATH := $(CURDIR)
 MAX_JOBS ?= 2
 export MAX_JOBS
 
-.PHONY: demo test test-python test-interpreter bench gpu lint format build clean help
+.PHONY: demo test test-python test-interpreter test-cuda-host bench gpu lint format build clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -36,17 +36,23 @@ build: $(READY)
 demo: build
 	$(PY) -m dlkernels demo
 
-test: test-python test-interpreter
+test: test-python test-interpreter test-cuda-host
 
 # Two workers where pytest-xdist is there; the one that is done takes over what waits for the other.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 
 test-python: build
-	$(PYTEST) tests --ignore tests/triton_kernels
+	$(PYTEST) tests --ignore tests/triton_kernels --ignore tests/cuda_host
 
 test-interpreter: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops -k triton
+
+# The CUDA kernels on the host, under sanitizers, whose reports would be lost with the process that they end.
+test-cuda-host: build
+	rm -f build/cuda_host/report.*
+	twin=$$($(PY) tests/cuda_host/_twin.py --env) && eval "$$twin" && export TRITON_INTERPRET=1 && \
+	  $(PYTEST) tests/cuda_host && $(PYTEST) tests/ops -k cuda || { cat build/cuda_host/report.* 2>/dev/null; exit 1; }
 
 bench: build
 	$(PY) -m pytest benchmarks

@@ -125,7 +125,7 @@ def by_case(launches: list[Launch], names: list[str]) -> dict[str, list[Launch]]
 
 
 def traffic_rows(
-    groups: dict[str, list[Launch]], declared: dict[str, int], tolerance: float = 0.10
+    groups: dict[str, list[Launch]], declared: dict[str, int], tolerance: float = 0.05
 ) -> list[dict[str, Any]]:
     """DRAM bytes counted against bytes declared, per case."""
     rows = []
@@ -202,9 +202,7 @@ def kernel_names() -> set[str]:
     """Names of the package's GPU kernels, from its Triton and CUDA sources."""
     names: set[str] = set()
     for path in (ROOT / "dlkernels" / "triton").glob("*.py"):
-        names |= set(re.findall(r"@triton\.jit[^\n]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text()))
-    for path in (ROOT / "csrc").glob("cuda/*.cu*"):
-        names |= set(
-            re.findall(r"__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(", path.read_text())
-        )
+        names |= set(re.findall(r"@triton\.jit(?:\([^@]*?\))?[^\n@]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text()))
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        names |= set(re.findall(r"^DL_KERNEL\([^)]*\)\s*(\w+)\s*\(", path.read_text(), re.MULTILINE))
     return names

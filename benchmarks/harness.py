@@ -21,12 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import timing  # noqa: E402
-from parity import OURS, as_tuple, check, evaluate, upstream  # noqa: E402
+from parity import OURS, as_tuple, check, evaluate, forced, upstream  # noqa: E402
+
+import dlkernels as dk  # noqa: E402
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 FULL = os.environ.get("FULL", "0") not in ("", "0")
 
 Function = Callable[..., Any]  # of the inputs, to a tensor or a sequence of tensors
+TRITON = "triton"  # the same op as OURS, where CUDA C++ serves that
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -191,6 +194,14 @@ def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]
     A layer hands its gradients to the layers around it: they are not accumulated, which would copy one that is passed
     through, such as a residual's.
     """
+    if (name := getattr(function, "backend", None)) is not None:
+        call = make_call(case, function.function, sets)
+
+        def forced_call(i: int) -> Any:
+            with dk.backend(name):
+                return call(i)
+
+        return forced_call
     if case.steps:
         runs = [function(*tensors).run for tensors in sets]
         for run in runs:
@@ -223,6 +234,13 @@ def make_call(case: Case, function: Function, sets: Sequence[tuple[Tensor, ...]]
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
+def served_by_cuda(op: str) -> bool:
+    """Whether CUDA C++ serves the forward operator of a public function."""
+    from dlkernels import _backend
+
+    return any(_backend.default_for("cuda", name) == "cuda" for name in (op, f"{op}_fwd"))
+
+
 def candidates_for(
     family: Family, case: Case, device: str, compile: bool = True
 ) -> tuple[dict[str, Function], dict[str, str]]:
@@ -234,6 +252,8 @@ def candidates_for(
         torch._dynamo.reset()
         functions["compile"] = torch.compile(eager, dynamic=False, fullgraph=True)
     functions[OURS] = family.ours(case)
+    if device == "cuda" and not case.steps and served_by_cuda(case.op):
+        functions[TRITON] = forced("triton", functions[OURS])
     for peer in family.peers:
         if (why := peer.missing(device)) != "":
             absent[peer.name] = why

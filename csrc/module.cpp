@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/gpu.h"
 #include "common/host.h"
 #include "cpu/center_loss_eager.h"
 #include "cpu/focal_loss_eager.h"
@@ -68,6 +69,7 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dlkernels.";
   m.def("build_info", &dlkernels::build_info);
+  m.def("serve_from_host_twin", &dlkernels::serve_from_host_twin);
 #ifdef DLKERNELS_WITH_CUDA
   m.def("cuda_code_problem", &dlkernels::cuda_code_problem);
   dlkernels::bind_cuda_optimizers(m);

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -70,6 +71,8 @@ def _load_twin() -> ModuleType | None:
 
 
 TWIN = _load_twin()
+if TWIN is not None and C is not None:
+    C.serve_from_host_twin(True)
 CUDA_OPS: set[str] = set()  # ops with a kernel in CUDA C++, in this build or in its host twin
 
 
@@ -229,6 +232,10 @@ def intercepted(device_type: str, op: str) -> bool:
     return state.forced is not None and state.forced not in ("reference", default_for(device_type, op))
 
 
-def fast() -> ModuleType | None:
-    """The compiled module when nothing is forced away from it, else None."""
-    return C if state.forced is None or state.forced == "cpp" else None
+def fast(x: Any) -> ModuleType | None:
+    """The compiled module, whose eager entries may take a call with this tensor; None where a backend is forced that
+    they would not call."""
+    if state.forced is None:
+        return C if TWIN is None else None
+    served_by = "cuda" if TWIN is not None or getattr(x, "is_cuda", False) else "cpp"
+    return C if state.forced == served_by else None

@@ -127,7 +127,7 @@ def one_line_error(name: str, *words: str) -> None:
 
 
 def test_cuda_without_cuda_kernels() -> None:
-    one_line_error("cuda", "Triton")
+    one_line_error("cuda", "CPU tensors")
 
 
 @pytest.mark.skipif(_backend.interpreting(), reason="the interpreter serves CPU tensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dlkernels import _backend
 
@@ -35,6 +37,7 @@ import gate_parsers  # noqa: E402
 import gate_worker  # noqa: E402
 import guard  # noqa: E402
 import harness  # noqa: E402
+import parity  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 
@@ -293,7 +296,7 @@ def test_rows_and_losing_rows(doc: dict[str, Any]) -> None:
 
 
 def test_the_reference_is_refused_and_said_to_be(doc: dict[str, Any], monkeypatch: Any) -> None:
-    monkeypatch.setattr(_backend, "default_for", lambda device: "reference")
+    monkeypatch.setattr(_backend, "default_for", lambda device, op=None: "reference")
     monkeypatch.setattr(_backend.state, "forced", None)
     assert guard.why_tests_fail("focal_loss").startswith("not built")
     environment = doc["environment"] | {"backend": {"cross_entropy_fwd": "reference"}}
@@ -475,8 +478,38 @@ def test_sanitizer_logs(name: str, complete: bool, count: int, ours: int) -> Non
 
 
 def test_kernel_names_are_found() -> None:
-    if list((ROOT / "dlkernels" / "triton").glob("[a-z]*.py")):
-        assert gate_parsers.kernel_names(), "Triton kernels exist, and the sanitizer stage must know them"
+    names = gate_parsers.kernel_names()
+    assert {"softmax_focal_kernel", "scale_stored_grad_kernel"} <= names, (
+        "the sanitizer stage must know Triton's and ours"
+    )
+    for path in (ROOT / "csrc" / "cuda").glob("*_kernel.cu"):
+        text = path.read_text()
+        launched = set(re.findall(r"\b(\w+_kernel)(?=<|,)", text))
+        assert launched <= names, f"{path.name}: {launched - names}"
+
+
+def test_a_candidate_on_a_forced_backend(monkeypatch: Any) -> None:
+    """On a GPU, rows that CUDA C++ serves show Triton too: forward and backward on it, and nothing left forced."""
+    seen = []
+
+    def ours(x: Tensor) -> Tensor:
+        seen.append(_backend.state.forced)
+        y = x * 2
+        y.register_hook(lambda g: seen.append(_backend.state.forced))
+        return y.sum()
+
+    case = harness.Case("group_norm", (3,))
+    x = torch.ones(3, requires_grad=True)
+    for call in (
+        lambda: harness.make_call(case, parity.forced("reference", ours), [(x,)])(0),
+        lambda: parity.evaluate(case, parity.forced("reference", ours), (x,)),
+    ):
+        seen.clear()
+        call()
+        assert seen and set(seen[-2:]) == {"reference"}
+        assert _backend.state.forced is None
+    monkeypatch.setattr(_backend, "default_for", lambda device, op=None: "cuda" if op == "group_norm_fwd" else "triton")
+    assert harness.served_by_cuda("group_norm") and not harness.served_by_cuda("gccs_loss")
 
 
 def test_gate_without_a_gpu_says_so() -> None:

@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "gpu.h"
 #include "layer.h"
 
 namespace dlkernels {
@@ -19,6 +20,8 @@ namespace dlkernels {
 // True when a call may go to a compiled eager node: no transform, mode or tracer in the way; a plain CPU tensor.
 bool plain_eager();
 bool plain_cpu(const at::Tensor& x);
+
+inline bool plain_here(const at::Tensor& x) { return plain_cpu(x) || plain_gpu(x); }
 
 inline at::Tensor tensor_or_undefined(PyObject* object) {
   return THPVariable_CheckExact(object) ? THPVariable_Unpack(object) : at::Tensor();
@@ -48,9 +51,12 @@ inline bool floating_input(const at::Tensor& x) {
   return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
 }
 
-// A plain floating CPU tensor without a forward-mode tangent.
+// A plain floating CPU tensor without a forward-mode tangent; the second one takes GPU tensors too.
 inline bool plain_floating(const at::Tensor& x) {
   return x.defined() && plain_cpu(x) && floating_input(x) && !x._fw_grad(/*level=*/0).defined();
+}
+inline bool plain_floating_here(const at::Tensor& x) {
+  return x.defined() && plain_here(x) && floating_input(x) && !x._fw_grad(/*level=*/0).defined();
 }
 
 inline std::optional<at::Tensor> optional(const at::Tensor& x) {
@@ -83,13 +89,13 @@ inline std::optional<int64_t> activation_code(PyObject* object) {
 inline bool take_parameter(PyObject* object, const at::Tensor& x, at::IntArrayRef sizes, at::Tensor& into) {
   if (object == Py_None) return true;
   into = tensor_or_undefined(object);
-  return plain_floating(into) && fits_parameter(into, x, sizes);
+  return plain_floating_here(into) && into.device() == x.device() && fits_parameter(into, x, sizes);
 }
 inline bool take_like(PyObject* object, const at::Tensor& x, at::Tensor& into) {
   if (object == Py_None) return true;
   into = tensor_or_undefined(object);
-  return plain_floating(into) && into.scalar_type() == x.scalar_type() && into.sizes() == x.sizes() &&
-         into.strides() == x.strides();
+  return plain_floating_here(into) && into.device() == x.device() && into.scalar_type() == x.scalar_type() &&
+         into.sizes() == x.sizes() && into.strides() == x.strides();
 }
 
 template <class Signature>

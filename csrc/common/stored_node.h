@@ -13,10 +13,11 @@ namespace dlkernels {
 template <size_t N>
 class StoredGradNode : public LightNode<N> {
  public:
-  at::Tensor stored;     // undefined for reduction="none"
-  bool stores = false;   // there was a stored gradient
-  double divisor = 1.0;  // of the reduction
-  bool dropped = false;  // the inputs are not kept
+  at::Tensor stored;          // undefined for reduction="none"
+  bool stores = false;        // there was a stored gradient
+  double divisor = 1.0;       // of the reduction
+  at::Tensor divisor_on_gpu;  // there, instead
+  bool dropped = false;       // the inputs are not kept
 
   // What the forward pass left: a gradient where it stored one, and with that no inputs unless they are asked for.
   void keep(at::Tensor grad, bool has_stored, double by, bool higher_order) {
@@ -47,12 +48,15 @@ class StoredGradNode : public LightNode<N> {
   at::Tensor take(at::Tensor& from, const at::Tensor& grad_output) {
     const std::lock_guard<std::mutex> lock(this->mutex_);
     TORCH_CHECK(from.defined(), kStoredGradUsed);
-    return scale_stored_grad(from, from.scalar_type() == at::kHalf ? divisor : 1.0, grad_output);
+    const bool undivided = from.scalar_type() == at::kHalf;
+    if (plain_gpu(from)) return scale_stored_grad_on_gpu(from, undivided ? divisor_on_gpu : at::Tensor(), grad_output);
+    return scale_stored_grad(from, undivided ? divisor : 1.0, grad_output);
   }
 
   // For second derivatives: the gradient of the reduced loss as one of every row, differentiable.
-  at::Tensor spread(const at::Tensor& grad_output, int64_t rows) const {
-    return stores ? grad_output.div(divisor).expand({rows}) : grad_output;
+  at::Tensor spread(const at::Tensor& grad_output, at::IntArrayRef rows) const {
+    const at::Tensor g = divisor_on_gpu.defined() ? grad_output.div(divisor_on_gpu) : grad_output.div(divisor);
+    return g.expand(rows);
   }
 
   // Whether this pass needs no more than what is stored; else the inputs have to be there.

@@ -1,5 +1,5 @@
-// Center loss and sparse center loss in plain eager mode on CPU tensors, with or without the centers' update: one C++
-// call from Python to the kernel, with its autograd node.
+// Center loss and sparse center loss in plain eager mode, with or without the centers' update: one C++ call from Python
+// to the kernel, with its autograd node. CPU tensors go to the loops, CUDA tensors to the operators of CUDA C++.
 #include "center_loss_eager.h"
 
 #include <ATen/record_function.h>
@@ -17,6 +17,12 @@ namespace dlkernels {
 namespace {
 
 using torch::autograd::variable_list;
+
+using T = const at::Tensor&;
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(T, T, T, const Optional&, bool, int64_t,
+                                                                           int64_t, bool, bool);
+using Update = void(T, T, T, const Optional&, bool, double, bool, double, int64_t);
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(T, T, T, T, const Optional&, bool, int64_t, bool);
 
 // Keeps the gradients in features (`stored`) and attention, or what they are made from, or both.
 struct CenterLossNode : StoredGradNode<4> {
@@ -48,15 +54,24 @@ struct CenterLossNode : StoredGradNode<4> {
     }
     const auto [features, labels, centers, attention] = unpack();
     const bool need_centers = task_should_compute_output(1);
-    const at::Tensor g = reduction == kNone ? grads[0] : grads[0].div(divisor).expand(labels.sizes());
+    const at::Tensor g = reduction == kNone ? grads[0] : spread(grads[0], labels.sizes());
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
       CenterLossGrads found =
           center_loss_backward(g, {features, labels, centers, attention, logits, ignore_index}, need_centers);
       return {found.dx, found.dcenters, found.dattention};
     }
-    static const auto bwd = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-        bool, int64_t, bool)>("dlkernels::center_loss_bwd");
+    if (!at::GradMode::is_enabled() && plain_eager() && plain_gpu(grads[0])) {
+      static const auto on_gpu = gpu_op<Backward>("center_loss_bwd");
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return by_operator(on_gpu, g, features, labels, centers, attention, need_centers);
+    }
+    static const auto bwd = op<Backward>("dlkernels::center_loss_bwd");
+    return by_operator(bwd, g, features, labels, centers, attention, need_centers);
+  }
+
+  variable_list by_operator(const c10::TypedOperatorHandle<Backward>& bwd, const at::Tensor& g,
+                            const at::Tensor& features, const at::Tensor& labels, const at::Tensor& centers,
+                            const at::Tensor& attention, bool need_centers) const {
     auto [in_features, in_centers, in_attention] =
         bwd.call(g, features, labels, centers, optional(attention), logits, ignore_index, need_centers);
     return {in_features, need_centers ? in_centers : at::Tensor(), attention.defined() ? in_attention : at::Tensor()};
@@ -75,6 +90,23 @@ bool take_update(PyObject* object, std::optional<CenterUpdate>& into) {
   return true;
 }
 
+CenterLossResult forward_on_gpu(const CenterLossInputs& in, int64_t reduction, bool stores,
+                                const std::optional<CenterUpdate>& update, at::Tensor& divisor) {
+  static const auto fwd = gpu_op<Forward>("center_loss_fwd");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Optional attention = optional(in.attention);
+  CenterLossResult result{};
+  std::tie(result.loss, result.dx, result.dattention, divisor) =
+      fwd.call(in.features, in.labels, in.centers, attention, in.logits, in.ignore_index, reduction, stores, true);
+  if (!in.attention.defined()) result.dattention.reset();
+  if (update) {
+    static const auto update_centers = gpu_op<Update>("update_centers_");
+    update_centers.call(in.centers, in.features, in.labels, attention, in.logits, update->alpha, update->ema,
+                        update->island_weight, in.ignore_index);
+  }
+  return result;
+}
+
 py::object center_loss(py::handle features_object, py::handle labels_object, py::handle centers_object,
                        py::handle attention_object, py::handle logits_object, py::handle reduction_object,
                        py::handle ignore_object, py::handle higher_object, py::handle update_object) {
@@ -85,8 +117,9 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
   const auto ignore_index = integer(ignore_object.ptr());
   if (!reduction || !ignore_index || !PyBool_Check(logits_object.ptr()) || !PyBool_Check(higher_object.ptr()))
     return none();
-  if (!plain_eager() || !plain_floating(features) || !plain_floating(centers)) return none();
-  if (!labels.defined() || !plain_cpu(labels) || !labels.is_contiguous()) return none();
+  if (!plain_eager() || !plain_floating_here(features) || !plain_floating_here(centers)) return none();
+  if (!labels.defined() || !plain_here(labels) || !labels.is_contiguous()) return none();
+  if (labels.device() != features.device() || centers.device() != features.device()) return none();
   if (labels.scalar_type() != at::kLong && labels.scalar_type() != at::kInt) return none();
   if (features.dim() != 2 || centers.dim() != 2 || labels.dim() != 1 || labels.size(0) != features.size(0))
     return none();
@@ -103,7 +136,10 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
     const bool differentiable = wants_grad(features) || wants_grad(attention) || in_centers;
     const bool stores = differentiable && !in_centers && (*reduction != kNone || update);
     const CenterLossInputs in{features, labels, centers, attention, logits, *ignore_index};
-    CenterLossResult result = center_loss_forward(in, *reduction, stores, update ? &*update : nullptr);
+    at::Tensor divisor_on_gpu;
+    CenterLossResult result = plain_gpu(features)
+                                  ? forward_on_gpu(in, *reduction, stores, update, divisor_on_gpu)
+                                  : center_loss_forward(in, *reduction, stores, update ? &*update : nullptr);
     if (update) centers.unsafeGetTensorImpl()->bump_version();
     if (!differentiable) return result.loss;
     auto node = std::make_unique<CenterLossNode>();
@@ -111,6 +147,7 @@ py::object center_loss(py::handle features_object, py::handle labels_object, py:
     node->ignore_index = *ignore_index;
     node->logits = logits;
     node->keep(std::move(result.dx), stores, result.divisor, higher_object.ptr() == Py_True);
+    node->divisor_on_gpu = divisor_on_gpu;
     node->stored_attention = std::move(result.dattention);
     return CenterLossNode::attach(std::move(node), result.loss, {features, labels, centers, attention}, features,
                                   centers, attention);

@@ -1,5 +1,5 @@
-// The focal-loss family in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd
-// node.
+// The focal-loss family in plain eager mode: one C++ call from Python to the kernel, with its autograd node. CPU
+// tensors go to the loops, CUDA tensors of the sigmoid form to the operators of CUDA C++.
 //
 // It takes only what needs no conversion and no error message; for the rest it answers None and Python's path, which
 // checks, converts and explains, goes on. Second derivatives leave through the dispatcher's differentiable operators.
@@ -7,13 +7,13 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "../common/eager.h"
 #include "../common/host.h"
-#include "../common/stored_grad.h"
+#include "../common/stored_node.h"
 #include "focal_loss.h"
 
 namespace py = pybind11;
@@ -21,7 +21,6 @@ namespace py = pybind11;
 namespace dlkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 bool floating_target(const at::Tensor& t, const at::Tensor& x) {
@@ -42,7 +41,8 @@ struct Common {
     const auto code = reduction_code(red);
     const auto ignored = integer(ignore);
     if (!target.defined() || !code || !ignored || !PyBool_Check(higher)) return;
-    if (!plain_eager() || !plain_floating(input) || !plain_cpu(target)) return;
+    if (!plain_eager() || !plain_floating_here(input) || !plain_here(target) || target.device() != input.device())
+      return;
     reduction = *code;
     ignore_index = *ignored;
     higher_order = higher == Py_True;
@@ -54,84 +54,97 @@ struct Common {
   }
 };
 
-// grad_output of the reduced loss as one of every row: differentiable, for second derivatives.
-at::Tensor spread(const at::Tensor& grad_output, double divisor, at::IntArrayRef rows) {
-  return grad_output.div(divisor).expand(rows);
+using T = const at::Tensor&;
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(T, T, const Optional&, double, double, int64_t, int64_t,
+                                                               bool, bool);
+using SigmoidBackward = at::Tensor(T, T, T, double, double, int64_t);
+using SoftmaxBackward = at::Tensor(T, T, T, const Optional&, double, double, int64_t);
+
+// Keeps the input and its target.
+struct SigmoidNode : StoredGradNode<2> {
+  SigmoidOptions options{};
+
+  std::string name() const override { return "SigmoidFocalLossBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    RECORD_FUNCTION("dlkernels::sigmoid_focal_loss_bwd", c10::ArrayRef<const c10::IValue>{});
+    if (!grads[0].defined()) return variable_list(1);
+    if (use_stored()) {
+      if (!dropped) unpack();  // raises where the input was changed in place
+      return {take(grads[0])};
+    }
+    const auto [input, target] = unpack();
+    const SigmoidOptions& o = options;
+    if (!stores && !at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
+      return {sigmoid_focal_loss_backward(grads[0], input, target, o)};
+    if (!stores && !at::GradMode::is_enabled() && plain_eager() && plain_gpu(grads[0])) {
+      static const auto bwd = gpu_op<SigmoidBackward>("sigmoid_focal_loss_bwd");
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return {bwd.call(grads[0], input, target, o.alpha, o.gamma, o.ignore_index)};
+    }
+    static const auto bwd = op<SigmoidBackward>("dlkernels::sigmoid_focal_loss_bwd");
+    const at::Tensor g = stores ? spread(grads[0], input.sizes()) : grads[0];
+    return {bwd.call(g, input, target, o.alpha, o.gamma, o.ignore_index)};
+  }
+};
+
+at::Tensor sigmoid_loss(const Common& call, const SigmoidOptions& o) {
+  const at::Tensor &input = call.input, &target = call.target;
+  const bool differentiable = wants_grad(input), stores = differentiable && call.reduction != kNone;
+  LossResult result;
+  at::Tensor divisor_on_gpu;
+  if (plain_gpu(input)) {
+    static const auto fwd = gpu_op<Forward>("sigmoid_focal_loss_fwd");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(result.loss, result.grad, divisor_on_gpu) = fwd.call(
+        input, target, std::nullopt, o.alpha, o.gamma, o.ignore_index, call.reduction, stores, call.higher_order);
+  } else {
+    result = sigmoid_focal_loss_forward(input, target, o, call.reduction, call.normalizer, stores);
+  }
+  if (!differentiable) return result.loss;
+  auto node = std::make_unique<SigmoidNode>();
+  node->options = o;
+  node->keep(std::move(result.grad), stores, result.divisor, call.higher_order);
+  node->divisor_on_gpu = divisor_on_gpu;
+  return SigmoidNode::attach(std::move(node), result.loss, {input, target}, input);
 }
 
-struct SigmoidNode : torch::autograd::Function<SigmoidNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const SigmoidOptions& options, const Common& call) {
-    const bool stores = call.reduction != kNone;
-    LossResult result = sigmoid_focal_loss_forward(input, target, options, call.reduction, call.normalizer, stores);
-    if (stores) keep_stored_grad(ctx, result.grad, result.divisor);
-    const bool keep = !stores || call.higher_order;
-    ctx->save_for_backward(keep ? variable_list{input, target} : variable_list{});
-    ctx->saved_data["alpha"] = options.alpha;
-    ctx->saved_data["gamma"] = options.gamma;
-    ctx->saved_data["ignore_index"] = options.ignore_index;
-    ctx->saved_data["total"] = result.divisor;
-    ctx->saved_data["stores"] = stores;
-    return result.loss;
-  }
+// Keeps the input, its target and the weights of classes.
+struct SoftmaxNode : StoredGradNode<3> {
+  SoftmaxOptions options{};
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    RECORD_FUNCTION("dlkernels::sigmoid_focal_loss_bwd", c10::ArrayRef<const c10::IValue>{});
-    const variable_list saved = ctx->get_saved_variables();
-    const bool stores = ctx->saved_data["stores"].toBool();
-    if (stores && !at::GradMode::is_enabled()) return {take_stored_grad(ctx, grads[0]), {}, {}, {}};
-    TORCH_CHECK(!saved.empty(), kInputDropped);
-    const SigmoidOptions o{ctx->saved_data["alpha"].toDouble(), ctx->saved_data["gamma"].toDouble(),
-                           ctx->saved_data["ignore_index"].toInt()};
-    if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
-      return {sigmoid_focal_loss_backward(grads[0], saved[0], saved[1], o), {}, {}, {}};
-    const at::Tensor g = stores ? spread(grads[0], ctx->saved_data["total"].toDouble(), saved[0].sizes()) : grads[0];
-    static const auto bwd =
-        op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, double, int64_t)>(
-            "dlkernels::sigmoid_focal_loss_bwd");
-    return {bwd.call(g, saved[0], saved[1], o.alpha, o.gamma, o.ignore_index), {}, {}, {}};
-  }
-};
+  std::string name() const override { return "SoftmaxFocalLossBackward"; }
 
-struct SoftmaxNode : torch::autograd::Function<SoftmaxNode> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const std::optional<at::Tensor>& class_weight, const SoftmaxOptions& options,
-                            const Common& call) {
-    const at::Tensor weight = class_weight.value_or(at::Tensor());
-    const bool stores = call.reduction != kNone;
-    LossResult result =
-        softmax_focal_loss_forward(input, target, weight, options, call.reduction, call.normalizer, stores);
-    if (stores) keep_stored_grad(ctx, result.grad, result.divisor);
-    const bool keep = !stores || call.higher_order;
-    ctx->save_for_backward(keep ? variable_list{input, target, weight} : variable_list{});
-    ctx->saved_data["gamma"] = options.gamma;
-    ctx->saved_data["label_smoothing"] = options.label_smoothing;
-    ctx->saved_data["ignore_index"] = options.ignore_index;
-    ctx->saved_data["total"] = result.divisor;
-    ctx->saved_data["stores"] = stores;
-    return result.loss;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
     RECORD_FUNCTION("dlkernels::softmax_focal_loss_bwd", c10::ArrayRef<const c10::IValue>{});
-    const variable_list saved = ctx->get_saved_variables();
-    const bool stores = ctx->saved_data["stores"].toBool();
-    if (stores && !at::GradMode::is_enabled()) return {take_stored_grad(ctx, grads[0]), {}, {}, {}, {}};
-    TORCH_CHECK(!saved.empty(), kInputDropped);
-    const SoftmaxOptions o{ctx->saved_data["gamma"].toDouble(), ctx->saved_data["label_smoothing"].toDouble(),
-                           ctx->saved_data["ignore_index"].toInt(), false};
-    if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
-      return {softmax_focal_loss_backward(grads[0], saved[0], saved[1], saved[2], o), {}, {}, {}, {}};
-    at::DimVector rows(saved[0].sizes());
+    if (!grads[0].defined()) return variable_list(1);
+    if (use_stored()) {
+      if (!dropped) unpack();  // raises where the input was changed in place
+      return {take(grads[0])};
+    }
+    const auto [input, target, weight] = unpack();
+    const SoftmaxOptions& o = options;
+    if (!stores && !at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0]))
+      return {softmax_focal_loss_backward(grads[0], input, target, weight, o)};
+    static const auto bwd = op<SoftmaxBackward>("dlkernels::softmax_focal_loss_bwd");
+    at::DimVector rows(input.sizes());
     rows.erase(rows.begin() + 1);
-    const at::Tensor g = stores ? spread(grads[0], ctx->saved_data["total"].toDouble(), rows) : grads[0];
-    static const auto bwd =
-        op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double,
-                      double, int64_t)>("dlkernels::softmax_focal_loss_bwd");
-    const std::optional<at::Tensor> weight = saved[2].defined() ? std::make_optional(saved[2]) : std::nullopt;
-    return {bwd.call(g, saved[0], saved[1], weight, o.gamma, o.label_smoothing, o.ignore_index), {}, {}, {}, {}};
+    const at::Tensor g = stores ? spread(grads[0], rows) : grads[0];
+    return {bwd.call(g, input, target, optional(weight), o.gamma, o.label_smoothing, o.ignore_index)};
   }
 };
+
+at::Tensor softmax_loss(const Common& call, const at::Tensor& weight, const SoftmaxOptions& o) {
+  const at::Tensor &input = call.input, &target = call.target;
+  const bool differentiable = wants_grad(input), stores = differentiable && call.reduction != kNone;
+  LossResult result = softmax_focal_loss_forward(input, target, weight, o, call.reduction, call.normalizer, stores);
+  if (!differentiable) return result.loss;
+  auto node = std::make_unique<SoftmaxNode>();
+  node->options = o;
+  node->options.mean_of_weights = false;  // that was the divisor's
+  node->keep(std::move(result.grad), stores, result.divisor, call.higher_order);
+  return SoftmaxNode::attach(std::move(node), result.loss, {input, target, weight}, input);
+}
 
 py::object sigmoid_focal_loss(py::handle x, py::handle t, py::handle alpha, py::handle gamma, py::handle reduction,
                               py::handle ignore_index, py::handle normalizer, py::handle higher_order) {
@@ -152,11 +165,11 @@ py::object sigmoid_focal_loss(py::handle x, py::handle t, py::handle alpha, py::
     if (!elements && !(classes && input.is_contiguous())) return none();
   }
   if (!in_place_order || !input.is_non_overlapping_and_dense()) return none();
+  if (plain_gpu(input) && (call.normalizer || !input.is_contiguous() || !target.is_contiguous())) return none();
   const SigmoidOptions options{*a < 0 ? -1.0 : *a, *g, call.ignore_index};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::sigmoid_focal_loss_fwd", c10::ArrayRef<const c10::IValue>{});
-    if (wants_grad(input)) return SigmoidNode::apply(input, target, options, call);
-    return sigmoid_focal_loss_forward(input, target, options, call.reduction, call.normalizer, false).loss;
+    return sigmoid_loss(call, options);
   });
 }
 
@@ -166,6 +179,7 @@ py::object softmax_focal_loss(py::handle x, py::handle t, py::handle alpha, py::
   const Common call(x.ptr(), t.ptr(), reduction.ptr(), ignore_index.ptr(), normalizer.ptr(), higher_order.ptr());
   if (!call.ok) return none();
   const auto g = number(gamma.ptr()), eps = number(label_smoothing.ptr());
+  if (!plain_cpu(call.input)) return none();  // Triton's
   if (!g || !eps || !(*g >= 0.0) || !std::isfinite(*g) || !(*eps >= 0.0 && *eps <= 1.0)) return none();
   const at::Tensor& input = call.input;
   const at::Tensor& target = call.target;
@@ -197,10 +211,7 @@ py::object softmax_focal_loss(py::handle x, py::handle t, py::handle alpha, py::
   const SoftmaxOptions options{*g, *eps, call.ignore_index, mean_of_weights.ptr() == Py_True};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::softmax_focal_loss_fwd", c10::ArrayRef<const c10::IValue>{});
-    if (wants_grad(input))
-      return SoftmaxNode::apply(input, target, weight.defined() ? std::make_optional(weight) : std::nullopt, options,
-                                call);
-    return softmax_focal_loss_forward(input, target, weight, options, call.reduction, call.normalizer, false).loss;
+    return softmax_loss(call, weight, options);
   });
 }
 

@@ -34,8 +34,8 @@ struct GccsLossNode : StoredGradNode<2> {
       return {gccs_loss_backward(g, features, labels, options)};
     static const auto bwd = op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, double,
                                           double, double, int64_t)>("dlkernels::gccs_loss_bwd");
-    return {bwd.call(spread(g, features.size(1)), features, labels, options.target_mean, options.target_std,
-                     options.eps, options.kurtosis_weight, options.ignore_index)};
+    return {bwd.call(stores ? spread(g, {features.size(1)}) : g, features, labels, options.target_mean,
+                     options.target_std, options.eps, options.kurtosis_weight, options.ignore_index)};
   }
 };
 

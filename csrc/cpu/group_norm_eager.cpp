@@ -1,4 +1,5 @@
-// GroupNorm in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd node.
+// GroupNorm in plain eager mode: one C++ call from Python to the kernel, with its autograd node. CPU tensors go to the
+// loops, CUDA tensors to the operators of CUDA C++.
 //
 // Second derivatives and batched gradients leave through the dispatcher's differentiable operators.
 #include "group_norm_eager.h"
@@ -18,6 +19,24 @@ namespace {
 
 using torch::autograd::variable_list;
 
+using T = const at::Tensor&;
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(T, const Optional&, const Optional&, const Optional&,
+                                                               const Optional&, const Optional&, int64_t, double,
+                                                               int64_t, bool);
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    T, T, T, T, const Optional&, const Optional&, const Optional&, const Optional&, const Optional&, int64_t, double,
+    int64_t, bool);
+
+GroupNormResult forward_on_gpu(const GroupNormTensors& t, const Rows& rows, const GroupNormOptions& o) {
+  static const auto fwd = gpu_op<Forward>("group_norm_fwd");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Optional residual = t.residual.defined() ? optional(as_rows(t.residual, rows)) : std::nullopt;
+  const auto [y, mean, rstd] =
+      fwd.call(as_rows(t.x, rows), optional(t.weight), optional(t.bias), residual, optional(t.scale), optional(t.shift),
+               o.groups, o.eps, o.activation, rows.channels_last);
+  return {from_rows(y, t.x, rows), mean, rstd};
+}
+
 // Keeps x, mean, rstd, weight, bias, residual (with an activation), scale, shift.
 struct GroupNormNode : LightNode<8> {
   GroupNormOptions options{};
@@ -35,19 +54,21 @@ struct GroupNormNode : LightNode<8> {
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
       g = group_norm_backward(grads[0], {x, saved[3], saved[4], saved[5], saved[6], saved[7]}, mean, rstd, rows,
                               options);
+    } else if (!at::GradMode::is_enabled() && plain_eager() && plain_gpu(grads[0])) {
+      static const auto bwd = gpu_op<Backward>("group_norm_bwd");
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      g = by_operator(bwd, grads[0], saved, rows, options);
     } else {
-      g = through_the_dispatcher(grads[0], saved, rows, options);
+      static const auto bwd = op<Backward>("dlkernels::group_norm_bwd");
+      g = by_operator(bwd, grads[0], saved, rows, options);
     }
     if (has_residual && !options.activation) g.residual = grads[0];
     return {g.x, g.weight, g.bias, g.residual, g.scale, g.shift};
   }
 
-  static GroupNormGrads through_the_dispatcher(const at::Tensor& grad_output, const std::array<at::Tensor, 8>& saved,
-                                               const Rows& rows, const GroupNormOptions& o) {
-    using T = const at::Tensor&;
-    using Out = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-    static const auto bwd = op<Out(T, T, T, T, const Optional&, const Optional&, const Optional&, const Optional&,
-                                   const Optional&, int64_t, double, int64_t, bool)>("dlkernels::group_norm_bwd");
+  static GroupNormGrads by_operator(const c10::TypedOperatorHandle<Backward>& bwd, const at::Tensor& grad_output,
+                                    const std::array<at::Tensor, 8>& saved, const Rows& rows,
+                                    const GroupNormOptions& o) {
     const at::Tensor& x = saved[0];
     const Optional residual = saved[5].defined() ? optional(as_rows(saved[5], rows)) : std::nullopt;
     const auto [dx, dw, db, dr, dscale, dshift] = bwd.call(
@@ -66,7 +87,7 @@ py::object group_norm(py::handle input, py::handle num_groups, py::handle weight
   const auto epsilon = number(eps.ptr());
   const auto code = activation_code(activation.ptr());
   const at::Tensor x = tensor_or_undefined(input.ptr());
-  if (!groups || !epsilon || !code || !plain_eager() || !plain_floating(x) || x.dim() < 2) return none();
+  if (!groups || !epsilon || !code || !plain_eager() || !plain_floating_here(x) || x.dim() < 2) return none();
   const Rows rows = rows_of(x);
   if (*groups < 1 || !rows.dense || x.numel() == 0 || rows.c % *groups || rows.n * (rows.c / *groups) * rows.s == 1)
     return none();
@@ -78,7 +99,7 @@ py::object group_norm(py::handle input, py::handle num_groups, py::handle weight
   const GroupNormOptions o{*groups, *epsilon, *code};
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::group_norm_fwd", c10::ArrayRef<const c10::IValue>{});
-    const GroupNormResult r = group_norm_forward(t, rows, o);
+    const GroupNormResult r = plain_gpu(x) ? forward_on_gpu(t, rows, o) : group_norm_forward(t, rows, o);
     if (!(wants_grad(x) || wants_grad(t.weight) || wants_grad(t.bias) || wants_grad(t.residual) ||
           wants_grad(t.scale) || wants_grad(t.shift)))
       return r.y;

@@ -35,8 +35,8 @@ struct RegionBiasedLossNode : StoredGradNode<2> {
     static const auto bwd =
         op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, int64_t, double, bool)>(
             "dlkernels::region_biased_loss_bwd");
-    return {bwd.call(spread(g, attention.size(0)), attention, optional(mask), options.origin, options.margin,
-                     options.softmax)};
+    return {bwd.call(stores ? spread(g, {attention.size(0)}) : g, attention, optional(mask), options.origin,
+                     options.margin, options.softmax)};
   }
 };
 

@@ -1,4 +1,5 @@
-// Squeeze-and-excitation in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its node.
+// Squeeze-and-excitation in plain eager mode: one C++ call from Python to the kernel, with its autograd node. CPU
+// tensors go to the loops, CUDA tensors to the operators of CUDA C++.
 //
 // Second derivatives and batched gradients leave through the dispatcher's differentiable operators.
 #include "squeeze_excite_eager.h"
@@ -24,6 +25,23 @@ at::Tensor channels_first(const at::Tensor& x, bool channels_inner) {
   return x.defined() && channels_inner ? x.movedim(-1, 1) : x;
 }
 
+using T = const at::Tensor&;
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(T, const Optional&, const Optional&, T,
+                                                                           const Optional&, const Optional&, int64_t,
+                                                                           int64_t, int64_t, bool);
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    T, T, T, T, T, const Optional&, const Optional&, T, const Optional&, const Optional&, int64_t, int64_t, int64_t,
+    bool);
+
+SqueezeExciteResult forward_on_gpu(const SqueezeExciteTensors& t, const Rows& rows, const SqueezeExciteOptions& o) {
+  static const auto fwd = gpu_op<Forward>("squeeze_excite_fwd");
+  const Optional residual = t.residual.defined() ? optional(as_rows(t.residual, rows)) : std::nullopt;
+  const auto [y, mean, hidden, gate] =
+      fwd.call(as_rows(t.x, rows), optional(t.w1), optional(t.b1), t.w2, optional(t.b2), residual, o.activation, o.gate,
+               o.residual_activation, rows.channels_last);
+  return {from_rows(y, t.x, rows), mean, hidden, gate};
+}
+
 // Keeps x, mean, hidden, gate, w1, b1, w2, b2, residual (with an activation); x and residual as they were given.
 struct SqueezeExciteNode : LightNode<9> {
   SqueezeExciteOptions options{};
@@ -43,8 +61,13 @@ struct SqueezeExciteNode : LightNode<9> {
     if (!at::GradMode::is_enabled() && plain_eager() && plain_cpu(grads[0])) {
       g = squeeze_excite_backward(dy, {x, matrix(saved[4]), saved[5], matrix(saved[6]), saved[7], residual},
                                   {at::Tensor(), saved[1], saved[2], saved[3]}, rows, options);
+    } else if (!at::GradMode::is_enabled() && plain_eager() && plain_gpu(grads[0])) {
+      static const auto bwd = gpu_op<Backward>("squeeze_excite_bwd");
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      g = by_operator(bwd, dy, x, residual, saved, rows, options);
     } else {
-      g = through_the_dispatcher(dy, x, residual, saved, rows, options);
+      static const auto bwd = op<Backward>("dlkernels::squeeze_excite_bwd");
+      g = by_operator(bwd, dy, x, residual, saved, rows, options);
     }
     const auto back = [&](const at::Tensor& d) { return d.defined() && channels_inner ? d.movedim(1, -1) : d; };
     const auto shaped = [](const at::Tensor& d, const at::Tensor& w) {
@@ -54,13 +77,10 @@ struct SqueezeExciteNode : LightNode<9> {
     return {back(g.x), shaped(g.w1, saved[4]), g.b1, shaped(g.w2, saved[6]), g.b2, dresidual};
   }
 
-  static SqueezeExciteGrads through_the_dispatcher(const at::Tensor& dy, const at::Tensor& x,
-                                                   const at::Tensor& residual, const std::array<at::Tensor, 9>& saved,
-                                                   const Rows& rows, const SqueezeExciteOptions& o) {
-    using T = const at::Tensor&;
-    using Out = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-    static const auto bwd = op<Out(T, T, T, T, T, const Optional&, const Optional&, T, const Optional&, const Optional&,
-                                   int64_t, int64_t, int64_t, bool)>("dlkernels::squeeze_excite_bwd");
+  static SqueezeExciteGrads by_operator(const c10::TypedOperatorHandle<Backward>& bwd, const at::Tensor& dy,
+                                        const at::Tensor& x, const at::Tensor& residual,
+                                        const std::array<at::Tensor, 9>& saved, const Rows& rows,
+                                        const SqueezeExciteOptions& o) {
     const Optional r = residual.defined() ? optional(as_rows(residual, rows)) : std::nullopt;
     const auto [dx, dw1, db1, dw2, db2, dr] =
         bwd.call(as_rows(dy, rows), as_rows(x, rows), saved[1], saved[2], saved[3], optional(matrix(saved[4])),
@@ -74,7 +94,9 @@ struct SqueezeExciteNode : LightNode<9> {
 };
 
 bool is_matrix(const at::Tensor& w, const at::Tensor& x, int64_t outputs, int64_t inputs) {
-  if (!plain_floating(w) || w.dim() < 2 || w.size(1) != inputs || (outputs >= 0 && w.size(0) != outputs)) return false;
+  if (!plain_floating_here(w) || w.device() != x.device() || w.dim() < 2 || w.size(1) != inputs ||
+      (outputs >= 0 && w.size(0) != outputs))
+    return false;
   return w.size(0) > 0 && w.numel() == w.size(0) * inputs && fits_parameter(w, x, w.sizes());
 }
 
@@ -86,8 +108,8 @@ py::object squeeze_excite(py::handle input, py::handle w1, py::handle b1, py::ha
   const auto order = code_of(layout.ptr(), {"channels_first", "channels_last", "tokens"});
   const at::Tensor given_x = tensor_or_undefined(input.ptr());
   // gelu_tanh (5) and none (0) are no hidden activations.
-  if (!act || *act < 1 || *act > 4 || !after || !gate_code || !order || !plain_eager() || !plain_floating(given_x) ||
-      given_x.dim() < 2 || given_x.numel() == 0 || (*order == 2 && given_x.dim() != 3))
+  if (!act || *act < 1 || *act > 4 || !after || !gate_code || !order || !plain_eager() ||
+      !plain_floating_here(given_x) || given_x.dim() < 2 || given_x.numel() == 0 || (*order == 2 && given_x.dim() != 3))
     return none();
   const at::Tensor x = channels_first(given_x.detach(), *order > 0);
   const Rows rows = rows_of(x);
@@ -112,8 +134,8 @@ py::object squeeze_excite(py::handle input, py::handle w1, py::handle b1, py::ha
     SqueezeExciteResult r;
     {
       const at::AutoDispatchBelowADInplaceOrView guard;  // views without a history
-      r = squeeze_excite_forward({x, matrix(t.w1), t.b1, matrix(t.w2), t.b2, channels_first(t.residual, inner)}, rows,
-                                 o);
+      const SqueezeExciteTensors seen{x, matrix(t.w1), t.b1, matrix(t.w2), t.b2, channels_first(t.residual, inner)};
+      r = plain_gpu(x) ? forward_on_gpu(seen, rows, o) : squeeze_excite_forward(seen, rows, o);
       if (inner) r.y = r.y.movedim(1, -1);
     }
     if (!(wants_grad(given_x) || wants_grad(t.w1) || wants_grad(t.b1) || wants_grad(t.w2) || wants_grad(t.b2) ||

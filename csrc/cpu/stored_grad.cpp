@@ -37,11 +37,6 @@ at::Tensor scale_stored_grad_op(const at::Tensor& grad_output, const at::Tensor&
 
 }  // namespace
 
-void keep_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad, double divisor) {
-  ctx->saved_data["grad"] = grad;
-  ctx->saved_data["divisor"] = grad.scalar_type() == at::kHalf ? divisor : 1.0;
-}
-
 at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tensor& grad_output) {
   if (!plain_eager() || !plain_cpu(grad_output)) return stored.mul(grad_output.div(divisor));  // batched gradients
   const double scale = factor(grad_output, std::nullopt) / divisor;
@@ -50,14 +45,22 @@ at::Tensor scale_stored_grad(at::Tensor& stored, double divisor, const at::Tenso
   return std::isfinite(scale) ? (scale == 1.0 ? last : last.mul_(as_tensor(scale))) : scaled(last, scale);
 }
 
-at::Tensor take_stored_grad(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output) {
-  const auto found = ctx->saved_data.find("grad");
-  TORCH_CHECK(found != ctx->saved_data.end(), kStoredGradUsed);
-  at::Tensor stored = found->second.toTensor();
-  const double divisor = ctx->saved_data["divisor"].toDouble();
-  const at::Tensor grad = scale_stored_grad(stored, divisor, grad_output);
-  if (!stored.defined()) ctx->saved_data.erase("grad");  // that was the last use
-  return grad;
+at::Tensor scale_stored_grad_on_gpu(at::Tensor& stored, const at::Tensor& divisor, const at::Tensor& grad_output) {
+  if (!plain_eager() || !plain_gpu(grad_output)) {  // batched gradients
+    const at::Tensor scaled = stored.mul(grad_output);
+    return divisor.defined() ? scaled.div(divisor).to(stored.scalar_type()) : scaled;
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  if (torch::autograd::get_current_graph_task_keep_graph()) {
+    static const auto scale =
+        gpu_op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>("scale_stored_grad");
+    return scale.call(grad_output, stored, optional(divisor));
+  }
+  static const auto scale_ =
+      gpu_op<void(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>("scale_stored_grad_");
+  const at::Tensor last = std::move(stored);  // .grad takes the buffer over without a copy
+  scale_.call(last, grad_output, optional(divisor));
+  return last;
 }
 
 bool plain_eager() {
@@ -66,10 +69,28 @@ bool plain_eager() {
          !c10::impl::TorchDispatchModeTLS::any_modes_set() && !torch::jit::tracer::isTracing();
 }
 
-bool plain_cpu(const at::Tensor& x) {
-  return x.is_cpu() && x.has_storage() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) &&
-         !x.is_neg() && !x._is_zerotensor();
+namespace {
+
+bool twin_serves = false;
+
+bool plain_strided(const at::Tensor& x) {
+  return x.has_storage() && x.layout() == at::kStrided && !x.key_set().has(c10::DispatchKey::Python) && !x.is_neg() &&
+         !x._is_zerotensor();
 }
+
+}  // namespace
+
+bool plain_cpu(const at::Tensor& x) { return x.is_cpu() && !twin_serves && plain_strided(x); }
+
+#ifdef DLKERNELS_WITH_CUDA
+bool plain_gpu(const at::Tensor& x) { return (x.is_cuda() || (x.is_cpu() && twin_serves)) && plain_strided(x); }
+#else
+bool plain_gpu(const at::Tensor& x) { return x.is_cpu() && twin_serves && plain_strided(x); }
+#endif
+
+void serve_from_host_twin(bool on) { twin_serves = on; }
+
+const char* gpu_library() { return twin_serves ? "dlkernels_cuda_host" : "dlkernels"; }
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) { m.impl("scale_stored_grad", scale_stored_grad_op); }
 

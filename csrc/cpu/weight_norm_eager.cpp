@@ -1,5 +1,5 @@
-// Weight normalisation in plain eager mode on CPU tensors: one C++ call from Python to the kernel, with its autograd
-// node.
+// Weight normalisation in plain eager mode: one C++ call from Python to the kernel, with its autograd node. CPU tensors
+// go to the loops, CUDA tensors to the operators of CUDA C++.
 #include "weight_norm_eager.h"
 
 #include <ATen/record_function.h>
@@ -40,6 +40,17 @@ at::Tensor from_rows(const at::Tensor& x, bool last, const at::Tensor& like) {
   return x.reshape(like.movedim(1, -1).sizes()).movedim(-1, 1);
 }
 
+using T = const at::Tensor&;
+using Backward = std::tuple<at::Tensor, at::Tensor>(T, T, T, T);
+
+std::tuple<at::Tensor, at::Tensor> forward_on_gpu(const at::Tensor& v, const at::Tensor& g, bool last,
+                                                  WeightNormView view) {
+  static const auto fwd = gpu_op<std::tuple<at::Tensor, at::Tensor>(T, T)>("weight_norm_fwd");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  auto [w, norm] = fwd.call(rows_of(v, last, view), g.reshape({view.rows}));
+  return {from_rows(w, last, v), norm};
+}
+
 struct WeightNormNode : LightNode<3> {
   WeightNormView view{};
   bool last = false;
@@ -54,16 +65,25 @@ struct WeightNormNode : LightNode<3> {
       auto [dv, dg] = weight_norm_backward(grads[0], v, g, norm, view);
       return {dv, dg};
     }
-    static const auto bwd = op<std::tuple<at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>("dlkernels::weight_norm_bwd");
-    auto [dv, dg] = bwd.call(rows_of(grads[0], last, view), rows_of(v, last, view), g.reshape({view.rows}), norm);
+    if (!at::GradMode::is_enabled() && plain_eager() && plain_gpu(grads[0])) {
+      static const auto on_gpu = gpu_op<Backward>("weight_norm_bwd");
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      return by_operator(on_gpu, grads[0], v, g, norm);
+    }
+    static const auto bwd = op<Backward>("dlkernels::weight_norm_bwd");
+    return by_operator(bwd, grads[0], v, g, norm);
+  }
+
+  variable_list by_operator(const c10::TypedOperatorHandle<Backward>& bwd, const at::Tensor& grad_output,
+                            const at::Tensor& v, const at::Tensor& g, const at::Tensor& norm) const {
+    auto [dv, dg] = bwd.call(rows_of(grad_output, last, view), rows_of(v, last, view), g.reshape({view.rows}), norm);
     return {from_rows(dv, last, v), dg.reshape(g.sizes())};
   }
 };
 
 py::object weight_norm(py::handle v_object, py::handle g_object, py::handle dim_object) {
   const at::Tensor v = tensor_or_undefined(v_object.ptr()), g = tensor_or_undefined(g_object.ptr());
-  if (!plain_eager() || !plain_floating(v) || !plain_floating(g)) return none();
+  if (!plain_eager() || !plain_floating_here(v) || !plain_floating_here(g) || v.device() != g.device()) return none();
   std::optional<int64_t> dim;
   if (!dim_object.is_none()) {
     dim = integer(dim_object.ptr());
@@ -85,7 +105,7 @@ py::object weight_norm(py::handle v_object, py::handle g_object, py::handle dim_
   return without_gil([&] {
     RECORD_FUNCTION("dlkernels::weight_norm_fwd", c10::ArrayRef<const c10::IValue>{});
     const WeightNormView view = memory_view(v, dim, last);
-    const auto [w, norm] = weight_norm_forward(v, g, view);
+    const auto [w, norm] = plain_gpu(v) ? forward_on_gpu(v, g, last, view) : weight_norm_forward(v, g, view);
     if (!wants_grad(v) && !wants_grad(g)) return w;
     auto node = std::make_unique<WeightNormNode>();
     node->view = view;

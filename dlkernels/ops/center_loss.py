@@ -65,7 +65,7 @@ def center_loss(
     """
     if is_sharded(centers):
         return _sharded(features, labels, centers, None, False, reduction, ignore_index, higher_order)
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(features)
     if fast is not None:
         loss = fast.center_loss(features, labels, centers, None, False, reduction, ignore_index, higher_order, None)
         if loss is not None:
@@ -115,7 +115,7 @@ def sparse_center_loss(
     """
     if is_sharded(centers):
         return _sharded(features, labels, centers, attention, attention_logits, reduction, ignore_index, higher_order)
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(features)
     if fast is not None:
         loss = fast.center_loss(
             features, labels, centers, attention, attention_logits, reduction, ignore_index, higher_order, None
@@ -296,7 +296,7 @@ def loss_and_update(
 
     The graph keeps the gradients and not the centers, which change; there is no second derivative.
     """
-    fast = None if is_compiling() or process_group is not None or is_sharded(centers) else _backend.fast()
+    fast = None if is_compiling() or process_group is not None or is_sharded(centers) else _backend.fast(features)
     if fast is not None:
         update = (alpha, ema, island_weight)
         loss = fast.center_loss(features, labels, centers, attention, logits, reduction, ignore_index, False, update)

@@ -61,7 +61,7 @@ def sigmoid_focal_loss(
     Reference:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 5.
     """
-    fast = None if _is_compiling() else _backend.fast()
+    fast = None if _is_compiling() else _backend.fast(inputs)
     if fast is not None:
         loss = fast.sigmoid_focal_loss(
             inputs, targets, alpha, gamma, reduction, ignore_index, normalizer, higher_order
@@ -154,7 +154,7 @@ def softmax_focal_loss(
     Reference:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 4, with p_t from a softmax.
     """
-    fast = None if _is_compiling() else _backend.fast()
+    fast = None if _is_compiling() else _backend.fast(input)
     if fast is not None:
         loss = fast.softmax_focal_loss(
             input, target, alpha, gamma, reduction, ignore_index, label_smoothing, normalizer, False, higher_order
@@ -211,7 +211,7 @@ def cross_entropy(
     Reference:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 1 to 3; torch.nn.CrossEntropyLoss.
     """
-    fast = None if _is_compiling() or not (size_average is reduce is None) else _backend.fast()
+    fast = None if _is_compiling() or not (size_average is reduce is None) else _backend.fast(input)
     if fast is not None:
         loss = fast.softmax_focal_loss(
             input, target, weight, 0.0, reduction, ignore_index, label_smoothing, normalizer, True, higher_order

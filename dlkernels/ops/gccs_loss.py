@@ -80,7 +80,7 @@ def gccs_loss(
         classification", arXiv 2010.15487, and "Gaussian class-conditional simplex loss for accurate, adversarially
         robust deep classifier training", EURASIP Journal on Information Security 2023:3.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(features)
     if fast is not None:
         loss = fast.gccs_loss(
             features, labels, target_mean, target_std, covariance, kurtosis_weight, reduction, ignore_index, eps,

@@ -57,7 +57,7 @@ def group_norm(
     Reference:
         Wu and He, "Group Normalization", ECCV 2018, eq. 1 to 3; Perez et al., "FiLM", AAAI 2018, eq. 1.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(input)
     if fast is not None:
         y = fast.group_norm(input, num_groups, weight, bias, eps, activation, residual, scale, shift)
         if y is not None:

@@ -61,7 +61,7 @@ def region_biased_loss(
         Wang et al., "Region Attention Networks for Pose and Occlusion Robust Facial Expression Recognition", IEEE TIP
         2020.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(attention)
     if fast is not None:
         loss = fast.region_biased_loss(attention, origin_index, margin, normalize, mask, reduction, higher_order)
         if loss is not None:

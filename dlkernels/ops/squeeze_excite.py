@@ -66,7 +66,7 @@ def squeeze_excite(
         Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, eq. 2 to 4; Lee and Park, "CenterMask", CVPR 2020
         (effective SE); Yuan et al., "Tokens-to-Token ViT", ICCV 2021 (tokens).
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(x)
     if fast is not None:
         y = fast.squeeze_excite(x, w1, b1, w2, b2, activation, gate, residual, residual_activation, layout)
         if y is not None:

@@ -53,7 +53,7 @@ def stochastic_depth(
     Reference:
         Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016, eq. 2.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(input)
     if fast is not None:
         y = fast.stochastic_depth(input, p, mode, training, residual, noise)
         if y is not None:

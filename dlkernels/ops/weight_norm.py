@@ -45,7 +45,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
     Reference:
         Salimans and Kingma, "Weight Normalization", NeurIPS 2016, eq. 2 and 3.
     """
-    fast = None if is_compiling() else _backend.fast()
+    fast = None if is_compiling() else _backend.fast(v)
     if fast is not None:
         w = fast.weight_norm(v, g, dim)
         if w is not None:
