@@ -25,7 +25,7 @@ struct Has {
 // What the scalars on the device say of a step.
 struct Control {
   double factor;  // of the gradients: unscaling and clipping
-  bool skip;
+  int skip;
 };
 
 template <class Family>
@@ -38,12 +38,12 @@ struct StepShared {
 
 DL_DEVICE Control read_control(const StepHeader& h, bool writes) {
   const double inv = 1.0 / read(h.scale);
-  Control c = {inv, read(h.found_inf) != 0.0};
+  Control c = {inv, read(h.found_inf) != 0.0 ? 1 : 0};
   if (h.norm_squares == nullptr) return c;
   const double squares = load_integer<Use::kAgain>(h.norm_squares);
   const double norm = sqrt(squares) * inv;
   if (writes) store_one(h.norm, static_cast<float>(norm));
-  if (h.skip_nonfinite && squares - squares != 0.0) c.skip = true;
+  if (h.skip_nonfinite && squares - squares != 0.0) c.skip = 1;
   if (h.max_norm >= 0.0) {
     const double clip = h.max_norm / (norm + 1e-6);
     c.factor = clip > 1.0 ? inv : inv * clip;  // NaN stays
@@ -84,8 +84,9 @@ struct Elements {
   DL_DEVICE void step(const typename Family::Row& row, const Randoms& randoms, float average_weight, int at,
                       int stride) const {
     constexpr int C = N < 4 ? N : 4;
-    typename P::template Loaded<N> theta_in[U], grad_in[U];
-    typename S::template Loaded<N> slots_in[U][kSlots];
+    // Cleared, for what is not loaded: a register without a value on some path is kept through the whole kernel.
+    typename P::template Loaded<N> theta_in[U] = {}, grad_in[U] = {};
+    typename S::template Loaded<N> slots_in[U][kSlots] = {};
     DL_UNROLL
     for (int u = 0; u < U; ++u) {
       const int i = at + u * stride;
@@ -98,7 +99,7 @@ struct Elements {
     DL_UNROLL
     for (int u = 0; u < U; ++u) {
       const int i = at + u * stride;
-      Bits<N> bits[3];  // of the parameter, and of slots that are rounded
+      Bits<N> bits[3] = {};  // of the parameter, and of slots that are rounded
       if constexpr (kRounds) {
         if (round_param) bits[0] = randoms.draw<N>(0, i);
         DL_UNROLL
@@ -112,7 +113,7 @@ struct Elements {
           if constexpr (!kRounds) return x;
           return (stream == 0 ? round_param : round_slots) ? round_by(x, bits[stream], part * C) : x;
         };
-        Floats<C> theta, now[Family::kSlots];
+        Floats<C> theta, now[Family::kSlots] = {};
         theta = has_master ? load<C>(master.p + j) : param.template floats<C>(theta_in[u], part);
         DL_UNROLL
         for (int k = 0; k < kSlots; ++k)
@@ -170,8 +171,7 @@ DL_DEVICE void step_unit(const StepHeader& h, const StepTensor& t, const void* g
     const auto packs = [&](auto p, auto s) {
       using P = decltype(p);
       using S = decltype(s);
-      constexpr bool kAll = kNeeds == Needs::kAll;
-      constexpr int N = sizeof(P) == 2 && sizeof(S) == 2 && !kAll ? 8 : 4, U = kNeeds == Needs::kLittle ? 2 : 1;
+      constexpr int N = sizeof(P) == 2 && sizeof(S) == 2 ? 8 : 4, U = kNeeds == Needs::kLittle ? 2 : 1;
       step_elements<Family, Stream<P>, Stream<S>, N, U, kNeeds>(t, grad, row, randoms, h.average_weight, begin, whole);
     };
     if (t.dtype == Float::kFloat32) {
@@ -204,7 +204,7 @@ DL_DEVICE void step_all(const StepHeader& h, const unsigned char* inlined) {
   const void* const* grads = h.grads != nullptr ? h.grads : reinterpret_cast<const void* const*>(inlined);
   if (threadIdx.x == 0) shared.control = read_control(h, blockIdx.x == 0);
   __syncthreads();
-  if (shared.control.skip) return;
+  if (shared.control.skip != 0) return;
   int row = -1;
   for (int unit = static_cast<int>(blockIdx.x); unit < h.table.units; unit += static_cast<int>(gridDim.x)) {
     const int at = find_item(h.table, unit);

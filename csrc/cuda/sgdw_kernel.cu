@@ -10,14 +10,14 @@ struct Sgdw {
   static constexpr int kSlots = 1, kPlainSlots = 1;  // momentum
   struct Row {
     SgdwFactors<float> factors;
-    bool nesterov;
+    int nesterov;
   };
 
   static DL_DEVICE Row row(const StepRow& r, double lr, double multiplier, double) {
     const bool paper = r.own[1] != 0.0;
     const auto f = [](double x) { return static_cast<float>(x); };
     return {{f(multiplier), f(1.0 - lr * r.decay_rate), f(r.own[0]), f(paper ? lr : 1.0), f(paper ? 1.0 : lr)},
-            r.own[2] != 0.0};
+            r.own[2] != 0.0 ? 1 : 0};
   }
 
   template <int N, Needs kNeeds, class Round>
@@ -29,7 +29,7 @@ struct Sgdw {
     for (int i = 0; i < N; ++i) {
       const float g = grad[i] * f.multiplier;
       m[i] = has.slot[0] ? sgdw_momentum(m[i], g, f) : sgdw_first_momentum(g, f);
-      theta[i] = sgdw_parameter(theta[i], row.nesterov ? sgdw_nesterov(m[i], g, f) : m[i], f);
+      theta[i] = sgdw_parameter(theta[i], row.nesterov != 0 ? sgdw_nesterov(m[i], g, f) : m[i], f);
     }
     m = round(1, m);
   }

@@ -93,6 +93,8 @@ class Plan:
 
     def _add_waiting(self, optimizer: FusedOptimizer) -> None:
         """Parameters that have state and no gradient now: once they have one, the table steps them too."""
+        from ._runners import backend_for
+
         part = self.parts[0]
         for position, g, p in optimizer._parameters():
             state = optimizer.state.get(p)
