@@ -21,6 +21,7 @@
 
 #ifdef DLKERNELS_WITH_CUDA
 #include "common/cuda_call.h"
+#include "cuda/optimizer_table.h"
 #endif
 
 #ifndef DLKERNELS_CUDA_ARCHS
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("serve_from_host_twin", &dlkernels::serve_from_host_twin);
 #ifdef DLKERNELS_WITH_CUDA
   m.def("cuda_code_problem", &dlkernels::cuda_code_problem);
+  dlkernels::bind_cuda_optimizers(m);
 #endif
   dlkernels::bind_center_loss(m);
   dlkernels::bind_focal_loss(m);

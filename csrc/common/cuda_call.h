@@ -48,6 +48,9 @@ struct Counters {
 };
 Counters zeroed_counters(const Queue& queue, int64_t count);
 
+// Whether what is launched now is recorded, to run whenever a CUDA graph is replayed.
+bool is_capturing(const Queue& queue);
+
 // Why this build has no code for an architecture, or nothing.
 std::string cuda_code_problem(int arch);
 

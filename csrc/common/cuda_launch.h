@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "cuda_math.h"
@@ -161,9 +162,13 @@ int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P..
 
 template <class... P, class... A>
 void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), const A&... args) {
+  const shim::Shape shape = {{s.grid, 1, 1}, s.block, s.shared, s.cluster, s.overlap};
+  if (shim::capturing()) {
+    const auto run = [kernel](const auto&... kept) { kernel(static_cast<const std::remove_reference_t<P>&>(kept)...); };
+    return shim::record(queue.op, shape, [run, kept = std::make_tuple(args...)] { std::apply(run, kept); });
+  }
   try {
-    shim::run(queue.op, {{s.grid, 1, 1}, s.block, s.shared, s.cluster, s.overlap},
-              [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
+    shim::run(queue.op, shape, [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
   } catch (const std::exception& error) {
     throw std::runtime_error(describe(queue) + ": " + error.what());
   }

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #if !defined(DL_CUDA_HOST)
 #include <c10/cuda/CUDAStream.h>
@@ -31,10 +32,14 @@ const Machine& machine_of(int) {
   return machine;
 }
 
+bool is_capturing(const Queue&) { return shim::capturing(); }
+
 Counters zeroed_counters(const Queue& queue, int64_t count) {
   static at::Tensor before;
+  static auto& of_graphs = *new std::vector<at::Tensor>();
   TORCH_CHECK(!before.defined() || !before.any().item<bool>(), queue.op, ": a kernel before this one left a counter");
   before = at::zeros({count}, at::kInt);
+  if (is_capturing(queue)) of_graphs.push_back(before);
   return {before, reinterpret_cast<unsigned*>(before.mutable_data_ptr<int>())};
 }
 
@@ -132,17 +137,19 @@ const Machine& machine_of(int index) {
   return found != machines.end() ? found->second : machines.emplace(index, look_up(index)).first->second;
 }
 
+bool is_capturing(const Queue& queue) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &capture) != cudaSuccess ||
+         capture != cudaStreamCaptureStatusNone;
+}
+
 Counters zeroed_counters(const Queue& queue, int64_t count) {
-  const auto stream = static_cast<cudaStream_t>(queue.stream);
   const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(queue.machine->index));
   const auto with_pointer = [](const at::Tensor& t) {
     return Counters{t, reinterpret_cast<unsigned*>(t.mutable_data_ptr<int>())};
   };
   const auto fresh = [&] { return at::zeros({count}, at::device(device).dtype(at::kInt)); };
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone) {
-    return with_pointer(fresh());  // of the graph's own memory, cleared by each replay
-  }
+  if (is_capturing(queue)) return with_pointer(fresh());  // of the graph's own memory, cleared by each replay
   static std::mutex mutex;
   static auto& kept = *new std::map<std::pair<int, void*>, at::Tensor>();  // outlives the driver's shutdown
   const std::lock_guard<std::mutex> lock(mutex);

@@ -48,7 +48,7 @@ class Plan:
     """One step, repeated for as long as nothing but values changes."""
 
     def __init__(self, optimizer: FusedOptimizer, found: list[Found]) -> None:
-        from ._runners import make_runner
+        from ._runners import backend_for, make_runner
 
         self.repeats = True  # whether the same lists serve the next step
         self.copies: list[tuple[Tensor, Tensor]] = []  # what is not dense, and the dense tensor stepped in its place
@@ -69,7 +69,7 @@ class Plan:
         if (
             len(self.parts) == 1
             and not self.sharded
-            and _backend.choose(self.parts[0].device.type, optimizer._family) == "cpp"
+            and backend_for(optimizer._family, [f.param for f in found]) in ("cpp", "cuda")
         ):
             self._add_waiting(optimizer)
         for part in self.parts:
@@ -93,6 +93,8 @@ class Plan:
 
     def _add_waiting(self, optimizer: FusedOptimizer) -> None:
         """Parameters that have state and no gradient now: once they have one, the table steps them too."""
+        from ._runners import backend_for
+
         part = self.parts[0]
         for position, g, p in optimizer._parameters():
             state = optimizer.state.get(p)
@@ -100,7 +102,8 @@ class Plan:
                 continue
             tensors = [x for x in state.values() if isinstance(x, Tensor) and x.dim() == p.dim()]
             complete = optimizer._is_complete(state, optimizer.param_groups[g], p)
-            if complete and all(x.stride() == p.stride() for x in tensors):
+            served = backend_for(optimizer._family, [p, *(item.param for item in part.items[:1])]) in ("cpp", "cuda")
+            if complete and served and all(x.stride() == p.stride() for x in tensors):
                 with contextlib.suppress(TypeError, ValueError):  # what is wrong is said when it has a gradient
                     part.items.append(self._item(optimizer, Found(position, g, p), part))
         part.items.sort(key=lambda item: item.position)  # the order of sums is that of a plan with all of them
@@ -256,16 +259,18 @@ class Plan:
     def _run_scaled(self, optimizer: FusedOptimizer, clips: bool, scale: Any, found_inf: Any) -> Any:
         """With the norm of all gradients, or what a GradScaler says: a number for the CPU, tensors for GPUs."""
         inv_scale = squares = norm = None
-        if scale is not None:
+        divides = [getattr(part.runner, "takes_numbers", False) for part in self.parts]
+        if scale is not None and not (divides and all(divides)):  # somebody wants to multiply
             inv_scale = scale.double().reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
         if clips:
             squares = reduce_squares([part.runner.squares(len(self.keys)) for part in self.parts], self.keys)
             if not self.parts:  # this rank has only helped the others to their norm
                 return (squares.sqrt() if inv_scale is None else squares.sqrt() * inv_scale).float()
-        for part in self.parts:
+        for part, of_its_own in zip(self.parts, divides, strict=True):
+            scaling = {"scale": _move(scale, part)} if of_its_own else {"inv_scale": _move(inv_scale, part)}
             norm = part.runner.run(
                 part.rows,
-                inv_scale=_move(inv_scale, part),
+                **scaling,
                 found_inf=_move(found_inf, part),
                 norm_squares=_move(squares, part),
                 max_norm=optimizer.max_grad_norm,
@@ -278,6 +283,6 @@ def _move(x: Any, part: Part) -> Any:
     """A scalar where a runner wants it: a number, or a tensor on its device."""
     if x is None:
         return None
-    if part.runner.on_host:
+    if part.runner.on_host or (getattr(part.runner, "takes_numbers", False) and not isinstance(x, Tensor)):
         return float(x)
     return x.to(part.device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=part.device)

@@ -17,13 +17,31 @@ from ._items import Item, Row
 
 FAMILIES = ("adamw", "sgdw")
 
+for _module in (_backend.C, _backend.TWIN):
+    if hasattr(_module, "CudaOptimizerTable"):
+        _backend.CUDA_OPS.update(FAMILIES)
+
+
+def backend_for(family: str, params: list[Tensor]) -> str:
+    """Who steps parameters of one device. CUDA C++ serves no float64, and only devices that it was compiled for."""
+    device = params[0].device.type
+    backend = _backend.choose(device, family)
+    if backend == "cuda" and not all(_cuda_table(device).serves(p) for p in params):
+        return "reference" if _backend._why_not("triton", device) else "triton"
+    return backend
+
+
+def _cuda_table(device_type: str) -> Any:
+    return _backend.cuda_module(device_type).CudaOptimizerTable  # type: ignore[union-attr]
+
 
 def make_runner(family: str, items: list[Item], rows: list[Row], owners: list[Tensor], **options: Any) -> Any:
     """The runner for the items of one device."""
-    device = items[0].param.device
-    backend = _backend.choose(device.type, family)
+    backend = backend_for(family, [item.param for item in items])
     if backend == "cpp":
         return CppRunner(family, items, rows, owners, **options)
+    if backend == "cuda":
+        return CudaRunner(family, items, rows, owners, **options)
     if backend == "triton":
         from ..triton._multi_tensor import Runner
 
@@ -47,8 +65,46 @@ def host_control(
     return factor, norm, skip or (skip_nonfinite and not math.isfinite(norm_squares))
 
 
-class CppRunner:
-    """CPU tensors by the compiled loops. The table keeps pointers between steps and notices when they change."""
+class TableRunner:
+    """A compiled table keeps pointers between steps and notices when they change."""
+
+    table: Any
+
+    def _make_table(
+        self, kind: Any, family: str, items: list[Item], rows: list[Row], owners: list[Tensor], *options: Any
+    ) -> None:
+        counters = {id(row.step): row.step for row in rows if row.step is not None}
+        places = {key: i for i, key in enumerate(counters)}
+        by_group = {row.scalars.group: row.scalars for row in rows}
+        self.scalars, groups = list(by_group.values()), list(by_group)
+        self.table = kind(
+            family,
+            owners,
+            [
+                (
+                    (i.position, i.param, i.grad, list(i.slots), i.master, i.average),
+                    (i.row, i.norm_set, i.offset, i.period, i.full_period, i.index),
+                )
+                for i in items
+            ],
+            list(counters.values()),
+            [places.get(id(row.step), -1) for row in rows],
+            [groups.index(row.scalars.group) for row in rows],
+            *options,
+        )
+
+    def set_grads(self, grads: list[Tensor]) -> None:
+        self.table.set_grads(grads)
+
+    def forget_grads(self) -> None:
+        """The table holds addresses only."""
+
+    def squares(self, num_sets: int) -> Any:
+        return self.table.squares(num_sets)
+
+
+class CppRunner(TableRunner):
+    """CPU tensors by the compiled loops."""
 
     on_host = True  # scalars are numbers
 
@@ -62,35 +118,9 @@ class CppRunner:
         rounding_seed: int | None,
         average_decay: float | None,
     ) -> None:
-        counters = {id(row.step): row.step for row in rows if row.step is not None}
-        places = {key: i for i, key in enumerate(counters)}
-        by_group = {row.scalars.group: row.scalars for row in rows}
-        self.scalars, groups = list(by_group.values()), list(by_group)
-        self.table = _backend.C.OptimizerTable(  # type: ignore[union-attr]
-            family,
-            owners,
-            [
-                (
-                    (i.position, i.param, i.grad, list(i.slots), i.master, i.average),
-                    (i.row, i.norm_set, i.offset, i.period, i.full_period, i.index),
-                )
-                for i in items
-            ],
-            list(counters.values()),
-            [places.get(id(row.step), -1) for row in rows],
-            [groups.index(row.scalars.group) for row in rows],
-        )
+        self._make_table(_backend.C.OptimizerTable, family, items, rows, owners)  # type: ignore[union-attr]
         self.rounding_seed = rounding_seed
         self.average_decay = 0.0 if average_decay is None else average_decay
-
-    def set_grads(self, grads: list[Tensor]) -> None:
-        self.table.set_grads(grads)
-
-    def forget_grads(self) -> None:
-        """The table holds addresses only."""
-
-    def squares(self, num_sets: int) -> list[float]:
-        return self.table.squares(num_sets)
 
     def run(self, rows: list[Row], **scaling: Any) -> float | None:
         factor, norm, skip = host_control(**scaling) if scaling else (1.0, None, False)
@@ -99,6 +129,44 @@ class CppRunner:
                 [scalars.values for scalars in self.scalars], factor, self.average_decay, self.rounding_seed
             )
         return norm
+
+
+class CudaRunner(TableRunner):
+    """CUDA tensors by one launch for all of them. What a captured step reads of the host, its graph has."""
+
+    on_host = False  # scalars may be tensors
+    takes_numbers = True  # and numbers
+
+    def __init__(
+        self,
+        family: str,
+        items: list[Item],
+        rows: list[Row],
+        owners: list[Tensor],
+        *,
+        rounding_seed: int | None,
+        average_decay: float | None,
+    ) -> None:
+        kind, decay = _cuda_table(items[0].param.device.type), 0.0 if average_decay is None else average_decay
+        self._make_table(kind, family, items, rows, owners, decay, rounding_seed)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph has recorded a step, and reads the table whenever it is replayed."""
+        return self.table.captured
+
+    def run(
+        self,
+        rows: list[Row],
+        *,
+        scale: Any = None,
+        found_inf: Any = None,
+        norm_squares: Tensor | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+    ) -> Tensor | None:
+        values = [scalars.values for scalars in self.scalars]
+        return self.table.step(values, scale, found_inf, norm_squares, max_norm, skip_nonfinite)
 
 
 class ReferenceRunner:

@@ -67,7 +67,9 @@ def reduce_squares(sums: list[Any], keys: list[Any]) -> Any:
     sharded, else a tensor.
     """
     if all(key is None for key in keys):
-        totals = [sum(some) if isinstance(some, list) else some.sum() for some in sums]
+        totals = [
+            sum(some) if isinstance(some, list) else some.squeeze(0) if len(some) == 1 else some.sum() for some in sums
+        ]
         if len(totals) == 1:
             return totals[0]
         tensor = next((total for total in totals if isinstance(total, Tensor)), None)

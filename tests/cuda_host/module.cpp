@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cuda/optimizer_table.h"
 #include "shim.h"
 
 namespace py = pybind11;
@@ -35,7 +36,9 @@ PYBIND11_MODULE(_cuda_host, m) {
   m.def("leave_out", &shim::leave_out, "A barrier that is not there from now on; an empty name ends that.");
   m.def("count_bytes", &shim::count_bytes, "Count the bytes of global memory that kernels load and store from now on.");
   m.def("counted_bytes", &shim::counted_bytes, "Loaded and stored in all; of each span loaded, stored, loaded again.");
-#ifdef DL_CUDA_HOST_OPTIMIZERS
+  m.def("begin_capture", &shim::begin_capture, "Launches are recorded, and do not run, from now on.");
+  m.def("end_capture", &shim::end_capture, "Ends that; the number of the graph.");
+  m.def("replay", &shim::replay, "Run the launches of a graph.");
+  m.def("dry_run", &shim::dry_run, "Whether launches are only counted.");
   dlkernels::bind_cuda_optimizers(m);
-#endif
 }

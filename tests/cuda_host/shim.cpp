@@ -138,6 +138,13 @@ std::exception_ptr failure;
 std::mt19937_64 draw(0);
 std::vector<Launched> launches;
 std::set<std::string> barriers;
+struct Recorded {
+  std::string op;
+  Shape shape;
+  std::function<void()> body;
+};
+std::vector<std::vector<Recorded>> graphs;
+bool in_capture = false, dry = false;
 std::string left_out;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -407,9 +414,10 @@ void run(const char* op, const Shape& s, const std::function<void()>& body) {
     refuse(std::to_string(s.shared) + " bytes of shared memory");
   if (s.cluster == 0 || s.cluster > 16 || s.grid[0] % s.cluster != 0) refuse("a cluster that does not divide the grid");
   if (s.cluster > 1 && settings.arch < 90) refuse("clusters before sm_90");
+  launches.push_back({op, s});
+  if (dry) return;
   kernel = &body;
   shape = &s;
-  launches.push_back({op, s});
   here = {};
   here.block_size = {s.block, 1, 1};
   here.grid = {s.grid[0], s.grid[1], s.grid[2]};
@@ -424,6 +432,11 @@ void run(const char* op, const Shape& s, const std::function<void()>& body) {
   }
 }
 
+bool capturing() { return in_capture; }
+void record(const char* op, const Shape& s, std::function<void()> body) {
+  graphs.back().push_back({op, s, std::move(body)});
+}
+
 // For tests -----------------------------------------------------------------------------------------------------------
 
 void seed(uint64_t value) { draw.seed(value); }
@@ -435,6 +448,16 @@ std::vector<std::string> take_barriers() {
   return {passed.begin(), passed.end()};
 }
 void leave_out(const std::string& barrier) { left_out = barrier; }
+
+void begin_capture() { graphs.emplace_back(), in_capture = true; }
+int end_capture() {
+  in_capture = false;
+  return static_cast<int>(graphs.size()) - 1;
+}
+void replay(int graph) {
+  for (const Recorded& r : graphs.at(graph)) run(r.op.c_str(), r.shape, r.body);
+}
+void dry_run(bool value) { dry = value; }
 
 void count_bytes(const std::vector<std::pair<uintptr_t, size_t>>& spans) {
   ranges.clear();

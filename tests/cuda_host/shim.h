@@ -79,7 +79,15 @@ struct Shape {
 // Throws what a thread threw, or what is wrong with the launch.
 void run(const char* op, const Shape& shape, const std::function<void()>& body);
 
+// A graph of launches: they do not run while it is captured, but whenever it is replayed, with the arguments of then.
+bool capturing();
+void record(const char* op, const Shape& shape, std::function<void()> body);
+
 // What tests ask for.
+void begin_capture();
+int end_capture();  // the number of the graph
+void replay(int graph);
+void dry_run(bool value);  // launches are only counted: for the time of the host side
 struct Launched {
   std::string op;
   Shape shape;

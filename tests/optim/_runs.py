@@ -74,14 +74,15 @@ class Run:
     """An optimizer with options, stepped; `memory[name][s]` is what was stored before step s."""
 
     def __init__(self, family: str, config: dict[str, Any], backend: str, *, steps: int = STEPS, shift: int = 0,
-                 rotate: bool = False, num_groups: int | None = None, device: Any = "cpu") -> None:  # fmt: skip
+                 rotate: bool = False, num_groups: int | None = None, device: Any = "cpu",
+                 dtypes: tuple[Any, ...] = DTYPES) -> None:  # fmt: skip
         self.config, self.steps, self.device = config, steps, torch.device(device)
         # The interpreter makes bfloat16 of float32 by cutting off, where a GPU rounds to nearest.
         self.cuts_off = backend == "triton" and self.device.type == "cpu"
         c = dict(config)
         self.scaled = c.pop("scaled")
         self.rounds = c["stochastic_rounding"]
-        dtypes = tuple(d for d in DTYPES if d != F16 or c["master_weights"] or not self.rounds)  # refused otherwise
+        dtypes = tuple(d for d in dtypes if d != F16 or c["master_weights"] or not self.rounds)  # refused otherwise
         self.lay = lay = layout(family, dtypes, rotate, shift, num_groups)
         self.slot_dtype = {
             d: F64 if d == F64 else c["state_dtype"] or (F32 if c["master_weights"] and d in HALF else d)
