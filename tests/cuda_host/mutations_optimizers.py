@@ -17,12 +17,7 @@ MUTATIONS = [
     (SGDW, "row.nesterov != 0 ? sgdw_nesterov(m[i], g, f) : m[i]", "m[i]", f"{TESTS}::test_forms_of_sgdw"),
     (SQUARES, "if (whole < count) total +=", "if (false) total +=", f"{TESTS}::test_norms_of_sets"),
     (SQUARES, "largest >= 0x1p-40f || largest == 0.0f", "true", f"{TESTS}::test_norms_of_sets"),
-    (
-        TABLE,
-        "if (capturing) written_.clear();",
-        "if (false) written_.clear();",
-        f"{TABLES}::test_a_plan_made_in_a_capture",
-    ),
+    (TABLE, "replayed_ |= capturing;", "", f"{TABLES}::test_replays_are_steps"),
     (TABLE, "captured_ |= is_capturing(queue);", "", f"{TABLES}::test_tables_live_as_long_as_a_graph_may_read_them"),
     (TABLE, "(fixed_ || !(capturing || replayed_))", "true", f"{TABLES}::test_replays_are_steps"),
 ]
