@@ -88,17 +88,34 @@ def test_a_module_or_a_reason(family: str) -> None:
     assert (PACKAGE / "nn" / f"{family}.py").is_file() or family in WITHOUT_MODULES
 
 
+IN_CUDA = sorted(p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cpp") if p.stem in {*FAMILIES, *OPTIMIZERS})
+
+
+@pytest.mark.parametrize("family", IN_CUDA)
+def test_mirrored_files_of_cuda(family: str) -> None:
+    """Host side, kernels without torch, their tests on the host, and faults that these must notice."""
+    assert list((ROOT / "csrc" / "cuda").glob(f"{family}*_kernel.cu")), f"{family} has no kernels"
+    on_host = ROOT / "tests" / "cuda_host"
+    tested = "optimizers" if family in OPTIMIZERS else family
+    assert (on_host / f"test_{tested}_on_host.py").is_file(), f"{family} is not run on the host"
+    assert (on_host / f"mutations_{tested}.py").is_file(), f"{family} names no faults"
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *OPTIMIZERS])
-def test_cuda_file_or_a_line_in_readme(family: str) -> None:
-    """A family without a CUDA C++ file says in README's table what serves it on GPUs."""
-    if (ROOT / "csrc" / "cuda" / f"{family}.cu").is_file():
-        return
-    readme = ROOT / "README.md"
-    assert readme.is_file(), "README.md is missing"
-    text = readme.read_text()
+def test_readme_says_what_serves_a_family_on_gpus(family: str) -> None:
+    text = (ROOT / "README.md").read_text()
     assert re.search(r"served on GPU by", text, re.IGNORECASE), "README.md has no table `served on GPU by`"
-    rows = [line for line in text.splitlines() if line.lstrip().startswith("|") and family in line]
-    assert any("Triton" in row for row in rows), f"README.md has no row for {family} that says Triton"
+    rows = [line for line in text.splitlines() if line.lstrip().startswith("|") and f"`{family}`" in line]
+    served_by = "CUDA C++" if family in IN_CUDA else "Triton"
+    assert any(served_by in row for row in rows), f"README.md has no row for {family} that says {served_by}"
+
+
+def test_kernels_are_torch_free() -> None:
+    """What a CUDA compiler reads has no torch, nor anything of CUDA that the host twin has not."""
+    for path in files("csrc/cuda/*_kernel.cu", "csrc/cuda/*_kernel.h"):
+        text = path.read_text()
+        for word in ("ATen/", "torch/", "c10/", "<<<", "__global__", "__shared__", "asm volatile", "atomicAdd"):
+            assert word not in text, f"{short(path)} has {word}"
 
 
 def test_nothing_is_orphaned() -> None:

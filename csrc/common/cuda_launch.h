@@ -61,6 +61,10 @@ namespace launching {
 // Remembers per kernel and device what it was allowed beyond 48 KB and clusters of 8. True when that was known already.
 bool remember(const void* kernel, int device, unsigned shared, unsigned cluster);
 
+// What the driver answered about clusters of a kernel in this shape, or -1 where it was not asked; and its answer.
+int known_clusters(const void* kernel, int device, const LaunchShape& shape);
+void know_clusters(const void* kernel, int device, const LaunchShape& shape, int clusters);
+
 }  // namespace launching
 
 #if defined(__CUDACC__)
@@ -119,10 +123,10 @@ void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), cons
                    s);
 }
 
-// Clusters of this shape that the device runs at a time; 0 where it cannot run one.
+namespace launching {
+
 template <class... P>
-int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
-  if (queue.machine->arch < 90) return 0;
+int ask_for_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
   if (s.cluster > 8 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
     cudaGetLastError();
@@ -139,6 +143,21 @@ int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P..
   return clusters;
 }
 
+}  // namespace launching
+
+// Clusters of this shape that the device runs at a time; 0 where it cannot run one. The driver is asked once.
+template <class... P>
+int active_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
+  if (queue.machine->arch < 90) return 0;
+  const auto* pointer = reinterpret_cast<const void*>(kernel);
+  int clusters = launching::known_clusters(pointer, queue.machine->index, s);
+  if (clusters < 0) {
+    clusters = launching::ask_for_clusters(queue, s, kernel);
+    launching::know_clusters(pointer, queue.machine->index, s, clusters);
+  }
+  return clusters;
+}
+
 #elif defined(DL_CUDA_HOST)
 
 template <class... P, class... A>
@@ -148,7 +167,11 @@ void launch(const Queue& queue, const LaunchShape& s, void (*kernel)(P...), cons
     const auto run = [kernel](const auto&... kept) { kernel(static_cast<const std::remove_reference_t<P>&>(kept)...); };
     return shim::record(queue.op, shape, [run, kept = std::make_tuple(args...)] { std::apply(run, kept); });
   }
-  shim::run(queue.op, shape, [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
+  try {
+    shim::run(queue.op, shape, [&] { kernel(static_cast<const std::remove_reference_t<P>&>(args)...); });
+  } catch (const std::exception& error) {
+    throw std::runtime_error(describe(queue) + ": " + error.what());
+  }
 }
 
 template <class... P>

@@ -130,6 +130,18 @@ DL_DEVICE Pack<T, N> to_pack(const Floats<N>& x) {
   return pack;
 }
 
+// A pack that stays in registers as it lies in memory: numbers made from it before are made anew, not kept.
+template <class T, int N>
+DL_DEVICE void keep_packed([[maybe_unused]] Pack<T, N>& pack) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(pack) == kPackBytes && sizeof(T) < 4) {
+    uint4 w = bit_cast<uint4>(pack);
+    asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
+    pack = bit_cast<Pack<T, N>>(w);
+  }
+#endif
+}
+
 // N elements as numbers; for float, N may be twice a pack.
 template <int N, Use U = Use::kOnce, class T>
 DL_DEVICE Floats<N> load(const T* p) {

@@ -21,7 +21,7 @@ using torch::autograd::variable_list;
 using T = const at::Tensor&;
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(T, T, T, const Optional&, bool, int64_t,
                                                                            int64_t, bool, bool);
-using Update = void(T, T, T, const Optional&, bool, double, bool, double, int64_t);
+using Update = void(at::Tensor&, T, T, const Optional&, bool, double, bool, double, int64_t);
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(T, T, T, T, const Optional&, bool, int64_t, bool);
 
 // Keeps the gradients in features (`stored`) and attention, or what they are made from, or both.
@@ -101,7 +101,8 @@ CenterLossResult forward_on_gpu(const CenterLossInputs& in, int64_t reduction, b
   if (!in.attention.defined()) result.dattention.reset();
   if (update) {
     static const auto update_centers = gpu_op<Update>("update_centers_");
-    update_centers.call(in.centers, in.features, in.labels, attention, in.logits, update->alpha, update->ema,
+    at::Tensor centers = in.centers;
+    update_centers.call(centers, in.features, in.labels, attention, in.logits, update->alpha, update->ema,
                         update->island_weight, in.ignore_index);
   }
   return result;

@@ -57,8 +57,8 @@ at::Tensor scale_stored_grad_on_gpu(at::Tensor& stored, const at::Tensor& diviso
     return scale.call(grad_output, stored, optional(divisor));
   }
   static const auto scale_ =
-      gpu_op<void(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>("scale_stored_grad_");
-  const at::Tensor last = std::move(stored);  // .grad takes the buffer over without a copy
+      gpu_op<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>("scale_stored_grad_");
+  at::Tensor last = std::move(stored);  // .grad takes the buffer over without a copy
   scale_.call(last, grad_output, optional(divisor));
   return last;
 }

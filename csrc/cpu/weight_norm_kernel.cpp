@@ -126,7 +126,7 @@ struct Problem {
       n = std::sqrt(squares);
       kind = kExact;
     }
-    const WeightNormFactors f = backward() ? weight_norm_backward(n, g, total) : weight_norm_forward(n, g);
+    const WeightNormFactors<double> f = backward() ? weight_norm_backward(n, g, total) : weight_norm_forward(n, g);
     if (backward()) write(args.g_dtype, args.dg, k, f.dg);
     else norm[k] = static_cast<A>(n);
     return {f.a, f.b, n == 0 ? kZero : kind};

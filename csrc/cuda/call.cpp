@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <sstream>
+#include <tuple>
 #endif
 
 namespace dlkernels {
@@ -98,6 +99,32 @@ bool remember(const void* kernel, int device, unsigned shared, unsigned cluster)
   if (shared <= known.first && cluster <= known.second) return true;
   known = {std::max(shared, known.first), std::max(cluster, known.second)};
   return false;
+}
+
+namespace {
+
+// kernel, device, block, shared memory, cluster
+using ClusterKey = std::tuple<const void*, int, unsigned, unsigned, unsigned>;
+std::mutex clusters_mutex;
+std::map<ClusterKey, int>& known() {
+  static std::map<ClusterKey, int> answers;
+  return answers;
+}
+ClusterKey key_of(const void* kernel, int device, const LaunchShape& s) {
+  return {kernel, device, s.block, s.shared, s.cluster};
+}
+
+}  // namespace
+
+int known_clusters(const void* kernel, int device, const LaunchShape& shape) {
+  const std::lock_guard<std::mutex> lock(clusters_mutex);
+  const auto found = known().find(key_of(kernel, device, shape));
+  return found == known().end() ? -1 : found->second;
+}
+
+void know_clusters(const void* kernel, int device, const LaunchShape& shape, int clusters) {
+  const std::lock_guard<std::mutex> lock(clusters_mutex);
+  known()[key_of(kernel, device, shape)] = clusters;
 }
 
 }  // namespace launching

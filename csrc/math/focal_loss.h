@@ -1,8 +1,8 @@
 // Focal loss, sigmoid and softmax: the formulas, for one scalar or one vector V of them.
 //
-// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit,
-// vsqrt. No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0, so that
-// small losses keep their digits and gamma < 1 has finite gradients.
+// Include after a header that gives V its arithmetic: splat, select, vmin, vmax, vexp, vlog, vlog1p, vlog1p_unit.
+// No form below subtracts from 1 what is close to 1, and none has a power with a negative exponent at 0,
+// so that small losses keep their digits and gamma < 1 has finite gradients.
 #pragma once
 
 namespace dlkernels {
@@ -15,13 +15,35 @@ inline Gamma gamma_kind(double gamma) {
   return gamma == 0 ? Gamma::kZero : gamma == 1 ? Gamma::kOne : gamma == 2 ? Gamma::kTwo : Gamma::kAny;
 }
 
-// u^gamma, with log_u at hand for the general exponent.
-template <Gamma G, class V>
+// Exponentials and logarithms for float32 inputs; or short ones for half-precision inputs, whose own rounding is
+// larger.
+enum class Exp { kFull, kShort };
+
+// 1 / x. For float on GPUs, cuda_math.h has one without a division.
+template <class V>
+DL_INLINE V vreciprocal(V x) {
+  return splat<V>(1) / x;
+}
+
+template <Exp E, class V>
+DL_INLINE V exp_of(V x) {
+  if constexpr (E == Exp::kShort) return vexp_short(x);
+  else return vexp(x);
+}
+
+template <Exp E, class V>
+DL_INLINE V log_of(V x) {
+  if constexpr (E == Exp::kShort) return vlog_short(x);
+  else return vlog(x);
+}
+
+// u^gamma for u in [0, 1], with log_u at hand for the general exponent: finite, so that gamma = 0 gives 1 at u = 0 too.
+template <Gamma G, Exp E = Exp::kFull, class V>
 DL_INLINE V power(V u, V log_u, double gamma) {
   if constexpr (G == Gamma::kZero) return splat<V>(1);
   if constexpr (G == Gamma::kOne) return u;
   if constexpr (G == Gamma::kTwo) return u * u;
-  if constexpr (G == Gamma::kAny) return vexp(log_u * splat<V>(gamma));
+  if constexpr (G == Gamma::kAny) return exp_of<E>(vmax(log_u, splat<V>(-3e38f)) * splat<V>(gamma));
 }
 
 template <class V>
@@ -35,22 +57,22 @@ template <class V>
 struct Logistic {
   V e, r, log1p_e;
 };
-template <class V>
+template <Exp E, class V>
 DL_INLINE Logistic<V> logistic(V x) {
-  const V e = vexp(-vabs(x));
-  return {e, splat<V>(1) / (e + 1.0f), vlog1p_unit(e)};
+  const V e = exp_of<E>(-vabs(x));
+  return {e, vreciprocal(e + 1.0f), vlog1p_unit(e)};
 }
 
 // Hard labels. u = -s x with s = +-1; q = sigmoid(u) = 1 - p_t; ell = softplus(u) = -log p_t:
 //   FL = q^gamma ell,   dFL/du = q^gamma (q + gamma p_t ell).
 // alpha_t and the sign -s are the caller's.
-template <Gamma G, class V>
+template <Gamma G, Exp E = Exp::kFull, class V>
 DL_INLINE LossAndGrad<V> sigmoid_focal_hard(V u, double gamma) {
-  const Logistic<V> f = logistic(u);
+  const Logistic<V> f = logistic<E>(u);
   const V small = f.e * f.r;
   const V q = select(u < 0.0f, small, f.r);
   const V ell = vmax(u, splat<V>(0)) + f.log1p_e;
-  const V focus = power<G>(q, vmin(u, splat<V>(0)) - f.log1p_e, gamma);
+  const V focus = power<G, E>(q, vmin(u, splat<V>(0)) - f.log1p_e, gamma);
   if constexpr (G == Gamma::kZero) return {ell, q};
   const V p_t = select(u < 0.0f, f.r, small);
   // ell is infinite only where p_t is 0, and their product tends to 0.
@@ -58,20 +80,29 @@ DL_INLINE LossAndGrad<V> sigmoid_focal_hard(V u, double gamma) {
   return {focus * ell, focus * slope};
 }
 
-// Soft labels y strictly between 0 and 1. p = sigmoid(x), v = p (1 - y) + y (1 - p), ce = softplus(x) - y x:
+// Any labels y in [0, 1]. p = sigmoid(x), v = p (1 - y) + y (1 - p), ce = softplus(x) - y x:
 //   FL = v^gamma ce,   dFL/dx = v^gamma (p - y) + gamma v^(gamma - 1) (1 - 2 y) p (1 - p) ce.
-template <Gamma G, class V>
+// Written in |x|, and in the shares of y on the wrong and on the right side of x's sign: nothing cancels where y is
+// close to 0 or 1, and both ends are the hard labels' form.
+template <Gamma G, Exp E = Exp::kFull, class V>
 DL_INLINE LossAndGrad<V> sigmoid_focal_soft(V x, V y, double gamma) {
-  const Logistic<V> f = logistic(x);
-  const V small = f.e * f.r;
-  const V p = select(x < 0.0f, small, f.r);
-  const V not_p = select(x < 0.0f, f.r, small);
-  const V ce = vmax(x, splat<V>(0)) - y * x + f.log1p_e;
-  const V v = p * (splat<V>(1) - y) + y * not_p;
-  const V focus = power<G>(v, vlog(v), gamma);
-  if constexpr (G == Gamma::kZero) return {ce, p - y};
-  const V slope = focus / v * splat<V>(gamma) * (splat<V>(1) - y * 2.0f) * p * not_p * vmin(ce, splat<V>(3e38f));
-  return {focus * ce, focus * (p - y) + slope};
+  const Logistic<V> f = logistic<E>(x);
+  const V small = f.e * f.r, not_y = splat<V>(1) - y;
+  const V share = select(x < 0.0f, y, not_y), other = select(x < 0.0f, not_y, y);
+  const V wrong = f.r * share, right = small * other;
+  const V v = wrong + right;
+  const V ce = select(share == 0.0f, f.log1p_e, share * vabs(x) + f.log1p_e);  // not 0 * infinity
+  const V apart = wrong - right;
+  if constexpr (G == Gamma::kZero) return {ce, select(x < 0.0f, -apart, apart)};
+  const V tail = small * f.r * vmin(ce, splat<V>(3e38f)) * (share - other);  // 0 at infinite x
+  if constexpr (G == Gamma::kTwo) {
+    const V slope = v * (v * apart + tail * 2.0f);
+    return {v * v * ce, select(x < 0.0f, -slope, slope)};
+  }
+  const V focus = power<G, E>(v, log_of<E>(v), gamma);
+  const V ratio = select(v >= 1.17549435e-38f, tail * vreciprocal(v), splat<V>(0));
+  const V slope = focus * (apart + ratio * splat<V>(gamma));
+  return {focus * ce, select(x < 0.0f, -slope, slope)};
 }
 
 // One row of softmax focal loss with target class y, from e_y = exp(z_y - m), other = sum_{k != y} exp(z_k - m) and

@@ -34,8 +34,12 @@ struct GradientMap {
 };
 
 template <class V>
+DL_INLINE V group_norm_input_gradient_from_deviation(V x_less_mean, V dz, const GradientMap<V>& m) {
+  return dz * m.p + (x_less_mean * m.q + m.r);
+}
+template <class V>
 DL_INLINE V group_norm_input_gradient(V x, V dz, const GradientMap<V>& m) {
-  return dz * m.p + ((x - m.mean) * m.q + m.r);
+  return group_norm_input_gradient_from_deviation(x - m.mean, dz, m);
 }
 
 // Count, mean and sum of squared deviations of a set of values, and of two sets together (Chan et al. 1983).

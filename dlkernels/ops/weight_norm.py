@@ -37,8 +37,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
     Note:
         A row of zeros gives w = 0, dg = 0, dv = 0, where torch gives NaN; there is no epsilon otherwise. Norms are
         computed in float32 (float64 for float64), partial sums over fixed segments added in order: bitwise equal
-        between runs and thread counts. On CPUs rows of very large or very small elements, whose squares leave float32's
-        range, are computed in float64. Keeps v, g and the norms; w may be changed in place. Works under
+        between runs and thread counts. Rows of very large or very small elements, whose squares leave float32's range,
+        are computed in float64, except in Triton. Keeps v, g and the norms; w may be changed in place. Works under
         torch.compile(fullgraph=True), export, torch.func and AMP (autocast changes nothing); second derivatives run the
         reference twice.
 
@@ -51,24 +51,38 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
         if w is not None:
             return w
 
-    dim = _check(v, g, dim)
+    dim = check(v, g, dim)
     if _backend.choose(v.device.type, "weight_norm_fwd") == "reference" or has_tangent(v, g):
-        dims = tuple(i for i in range(v.dim()) if i != dim)
-        if not dims and v.dim():
-            return reference.weight_norm(v.unsqueeze(-1), g.unsqueeze(-1), (1,))[0].squeeze(-1)
-        return reference.weight_norm(v, g.view([1] * v.dim()) if dim is None else g, dims)[0]
+        return by_reference(v, g, dim)
     last = _layout.is_channels_last(v)
-    x = (v.movedim(1, -1) if last else v).contiguous()
+    rows = to_rows(v, dim, last)
+    return from_rows(WeightNorm.call(rows, g.reshape(rows.shape[1]))[0], v, last)
+
+
+def by_reference(v: Tensor, g: Tensor, dim: int | None) -> Tensor:
+    """The plain PyTorch form; `dim` counted from the front, None for the whole tensor."""
+    dims = tuple(i for i in range(v.dim()) if i != dim)
+    if not dims and v.dim():
+        return reference.weight_norm(v.unsqueeze(-1), g.unsqueeze(-1), (1,))[0].squeeze(-1)
+    return reference.weight_norm(v, g.view([1] * v.dim()) if dim is None else g, dims)[0]
+
+
+def to_rows(x: Tensor, dim: int | None, channels_last: bool) -> Tensor:
+    """(A, K, B) as the operators take it, with K at `dim`: a view of a tensor that lies so, else a copy."""
+    rank = x.dim()
+    x = (x.movedim(1, -1) if channels_last else x).contiguous()
     if dim is None:
-        rows = x.view(1, 1, v.numel())
-    else:
-        at = [0, v.dim() - 1, *range(1, v.dim() - 1)][dim] if last else dim
-        rows = x.view(math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :]))
-    w = WeightNorm.call(rows, g.reshape(rows.shape[1]))[0].view(x.shape)
-    return w.movedim(-1, 1) if last else w
+        return x.view(1, 1, x.numel())
+    at = [0, rank - 1, *range(1, rank - 1)][dim] if channels_last else dim
+    return x.view(math.prod(x.shape[:at]), x.shape[at], math.prod(x.shape[at + 1 :]))
 
 
-def _check(v: Tensor, g: Tensor, dim: int | None) -> int | None:
+def from_rows(rows: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """The way back, to the shape of `like`."""
+    return rows.view(like.movedim(1, -1).shape).movedim(-1, 1) if channels_last else rows.view(like.shape)
+
+
+def check(v: Tensor, g: Tensor, dim: int | None) -> int | None:
     """Everything that can be wrong, in one line each; dim counted from the front, None for the whole tensor."""
     _checks.floating("v", v)
     if dim is not None:

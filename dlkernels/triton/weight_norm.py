@@ -7,6 +7,7 @@ A tile that holds all of A and B is read once. Longer rows are cut into segments
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -239,3 +240,17 @@ def weight_norm_bwd(grad_output: Tensor, v: Tensor, g: Tensor, norm: Tensor) -> 
         return dv, dg.zero_()
     _launch(v, grad_output.contiguous(), g, norm.contiguous(), dv, dg, MAX_RESIDENT_BACKWARD)
     return dv, dg
+
+
+def weight_norm_multi_fwd(v: Sequence[Tensor], g: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """([w], [norm]) of many weights, one after another."""
+    pairs = [weight_norm_fwd(*one) for one in zip(v, g, strict=True)]
+    return [w for w, _ in pairs], [norm for _, norm in pairs]
+
+
+def weight_norm_multi_bwd(
+    grad_output: Sequence[Tensor], v: Sequence[Tensor], g: Sequence[Tensor], norm: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """([dv], [dg])."""
+    pairs = [weight_norm_bwd(*one) for one in zip(grad_output, v, g, norm, strict=True)]
+    return [dv for dv, _ in pairs], [dg for _, dg in pairs]

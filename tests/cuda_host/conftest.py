@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -77,8 +78,11 @@ class Twin:
             for i, name in enumerate(tensors):
                 counted[name] = Bytes(*rest[3 * i : 3 * i + 3])
 
-    def unnoticed_barriers(self, check: Callable[[], None], seeds: int = 3) -> list[str]:
-        """The barriers that `check`, a test that passes, does not miss: each is left out in turn, for several seeds."""
+    def unnoticed_barriers(self, check: Callable[[], None], seeds: int = 3, *, forked: bool = False) -> list[str]:
+        """The barriers that `check`, a test that passes, does not miss: each is left out in turn, for several seeds.
+
+        forked: in a process of its own each, because a kernel may go astray without it; that counts as noticed.
+        """
         self.module.take_barriers()
         check()
         found = []
@@ -87,13 +91,29 @@ class Twin:
             try:
                 for seed in range(seeds):
                     self.module.seed(seed)
-                    check()
+                    run_forked(check) if forked else check()
             except Exception:
                 continue
             finally:
                 self.module.leave_out("")
             found.append(barrier)
         return found
+
+
+def run_forked(check: Callable[[], None]) -> None:
+    """Raises when the check fails in a child process, or ends it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            faulthandler.disable()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            check()
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(child, 0)[1] != 0:
+        raise RuntimeError("the check failed")
 
 
 @pytest.fixture

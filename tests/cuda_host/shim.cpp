@@ -405,7 +405,7 @@ void copies_done(int under_way) {
 void run(const char* op, const Shape& s, const std::function<void()>& body) {
   operation = op;
   const uint64_t count = uint64_t{s.grid[0]} * s.grid[1] * s.grid[2];
-  const auto refuse = [&](const std::string& what) { throw std::runtime_error(std::string(op) + ": " + what); };
+  const auto refuse = [&](const std::string& what) { throw std::runtime_error(what); };
   if (count == 0 || s.grid[0] > 0x7fffffffu || s.grid[1] > 65535 || s.grid[2] > 65535)
     refuse("a grid that cannot be launched");
   if (s.block == 0 || s.block > 1024 || s.block % kLanes != 0)

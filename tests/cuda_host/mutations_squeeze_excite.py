@@ -1,0 +1,28 @@
+"""Faults of squeeze-and-excitation that its tests must notice."""
+
+CUDA = "csrc/cuda/squeeze_excite"
+TESTS = "tests/cuda_host/test_squeeze_excite_on_host.py"
+
+# (file, text, text in its place, test)
+MUTATIONS = [
+    # Another block's gates left out.
+    (f"{CUDA}_cluster_kernel.cu", "if (owner != rank)", "if (owner < rank)", f"{TESTS}::test_clusters"),
+    # The end of a sample, one pack too far.
+    (
+        f"{CUDA}_scale_kernel.cu",
+        "if (at < size) values[u] = load_pack<N>(dz + at);",
+        "if (at <= size) values[u] = load_pack<N>(dz + at);",
+        f"{TESTS}::test_matmul",
+    ),
+    # Chunks that lie on top of each other.
+    (
+        f"{CUDA}_sums_kernel.cu",
+        "(int64_t{sample} * chunks + chunk) * a.c",
+        "int64_t{sample} * chunks * a.c",
+        f"{TESTS}::test_walk",
+    ),
+    # Batches that do not go on.
+    (f"{CUDA}.cpp", "std::min(a.plan.batch, a.n - a.first_n)", "a.n - a.first_n", f"{TESTS}::test_batches"),
+    # Packs in memory that is not aligned.
+    (f"{CUDA}.cpp", "on_16_bytes({a.x, a.residual,", "on_16_bytes({a.x,", f"{TESTS}::test_unaligned"),
+]
