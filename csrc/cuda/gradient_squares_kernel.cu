@@ -97,7 +97,8 @@ gradient_squares_kernel(DL_CONSTANT Argument<SquaresHeader, kBytes> a) {
   if (!last_block(h.ticket, gridDim.x, shared.last)) return;
   for (int set = 0; set < h.sets; ++set) {
     double total = 0.0;
-    for (int unit = h.set_begin[set] + static_cast<int>(threadIdx.x); unit < h.set_begin[set + 1]; unit += kStepThreads)
+    const int begin = set < h.known ? h.set_begin[set] : 0, end = set < h.known ? h.set_begin[set + 1] : 0;
+    for (int unit = begin + static_cast<int>(threadIdx.x); unit < end; unit += kStepThreads)
       total += load_integer<Use::kAgain>(h.partial + unit);
     total = block_sum(total, shared.sums[turn]);
     turn ^= 1;

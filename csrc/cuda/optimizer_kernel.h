@@ -68,10 +68,10 @@ struct StepHeader {
 struct SquaresHeader {
   UnitTable table;
   const void* const* grads;  // as above
-  const int* set_begin;      // [sets + 1] the first unit of each norm set
+  const int* set_begin;      // [known + 1] the first unit of each norm set
   double* partial;           // [table.units]
   double* squares;           // [sets]
-  int sets;
+  int sets, known;           // sets from `known` on have no gradient here
   unsigned* ticket;
 };
 

@@ -3,7 +3,6 @@
 #include "optimizer_table.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -105,7 +104,7 @@ class CudaOptimizerTable final : public OptimizerTableBase {
     TORCH_CHECK_VALUE(sets >= sets_, "expected at least ", sets_, " norm sets, got ", sets);
     const CudaCall call("gradient_squares", items_[0].param);
     const auto options = at::device(device()).dtype(at::kDouble);
-    if (!squares_.defined() || squares_.numel() != sets) squares_ = at::zeros({sets}, options);
+    if (!squares_.defined() || squares_.numel() != sets) squares_ = at::empty({sets}, options);
     if (!partial_.defined()) partial_ = at::empty({std::max(1, units_)}, options);
     SquaresHeader h{};
     h.table = table(call.queue, &h.set_begin);
@@ -114,7 +113,7 @@ class CudaOptimizerTable final : public OptimizerTableBase {
     if (!inlined)
       h.grads = static_cast<const void* const*>(grads_on_device_.set(call.queue, device(), grads_, argument_));
     h.partial = partial_.mutable_data_ptr<double>(), h.squares = squares_.mutable_data_ptr<double>();
-    h.sets = static_cast<int>(sets_);
+    h.sets = static_cast<int>(sets), h.known = static_cast<int>(sets_);
     const Counters ticket = zeroed_counters(call.queue, 1);
     h.ticket = ticket.data;
     launch_gradient_squares(call.queue, h, grads_.data(), inlined ? 8 * static_cast<int>(grads_.size()) : 0);

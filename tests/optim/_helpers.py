@@ -10,9 +10,12 @@ from _runs import backends
 from torch import Tensor, nn
 
 import dlkernels as dk
+from dlkernels import _backend
 from dlkernels.testing import assert_bitwise
 
-BACKENDS = backends()[:2]
+BACKENDS: list[Any] = backends()[:2]
+if _backend.TWIN is not None:
+    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 CLOSE = {F32: 1e-6, F64: 1e-14}  # relative, of two programs that round in another order
 SHAPES = ((3,), (17,), (4, 5), (2, 3, 2, 2), (1,))
