@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._library import MUTATIONS, OPS
+from ._library import LIST_OPS, MUTATIONS, OPS
 from .optim._runners import FAMILIES
 
 
@@ -25,7 +25,7 @@ def build_info() -> dict[str, Any]:
     from . import __version__
 
     missing = _backend.triton_missing()
-    names = sorted([*OPS, *MUTATIONS, *FAMILIES])
+    names = sorted([*OPS, *MUTATIONS, *LIST_OPS, *FAMILIES])
     cuda = torch.cuda.is_available()
     return {
         "dlkernels": __version__,

@@ -22,6 +22,7 @@ from . import _backend
 LIBRARY = torch.library.Library("dlkernels", "DEF")
 OPS: dict[str, type[FusedFunction]] = {}
 MUTATIONS: list[str] = []  # ops that change a tensor in place, without a gradient
+LIST_OPS: list[str] = []  # ops of lists of tensors
 
 
 def transforms_active() -> bool:
@@ -72,7 +73,7 @@ _TRITON = torch.library.Library("dlkernels_triton", "DEF")
 _TWIN = torch.library.Library("dlkernels_cuda_host", "DEF") if _backend.TWIN is not None else None
 
 
-def _register_kernels(schema: str, family: str) -> None:
+def register_kernels(schema: str, family: str) -> None:
     """What serves a newly defined op on GPUs: CUDA C++ where the extension brought a kernel, else Triton."""
     name = schema.split("(", 1)[0]
     if _TWIN is not None:
@@ -95,7 +96,7 @@ def register(cls: type[FusedFunction], fake: Callable[..., Any]) -> None:
     name = f"dlkernels::{cls.op_name()}"
     LIBRARY.define(cls.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    _register_kernels(cls.schema, cls.family)
+    register_kernels(cls.schema, cls.family)
     torch.library.register_autograd(name, cls.backward, setup_context=cls.setup_context, lib=LIBRARY)
     torch.library.register_vmap(name, cls.vmap, lib=LIBRARY)
     OPS[cls.op_name()] = cls
@@ -116,7 +117,7 @@ def register_mutation(schema: str, family: str) -> Callable[..., None]:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"dlkernels::{name}", lambda *args: None, lib=LIBRARY)
-    _register_kernels(schema, family)
+    register_kernels(schema, family)
     MUTATIONS.append(name)
     overload = getattr(torch.ops.dlkernels, name).default
 

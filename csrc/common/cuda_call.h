@@ -51,6 +51,10 @@ Counters zeroed_counters(const Queue& queue, int64_t count);
 // Whether what is launched now is recorded, to run whenever a CUDA graph is replayed.
 bool is_capturing(const Queue& queue);
 
+#if defined(DL_CUDA_HOST)
+void forget_counters();  // what kernels left in them, and that nobody is to be told of
+#endif
+
 // Why this build has no code for an architecture, or nothing.
 std::string cuda_code_problem(int arch);
 

@@ -34,14 +34,25 @@ const Machine& machine_of(int) {
 
 bool is_capturing(const Queue&) { return shim::capturing(); }
 
+namespace {
+
+at::Tensor& counters_before() {
+  static at::Tensor counters;
+  return counters;
+}
+
+}  // namespace
+
 Counters zeroed_counters(const Queue& queue, int64_t count) {
-  static at::Tensor before;
-  static auto& of_graphs = *new std::vector<at::Tensor>();
+  at::Tensor& before = counters_before();
   TORCH_CHECK(!before.defined() || !before.any().item<bool>(), queue.op, ": a kernel before this one left a counter");
   before = at::zeros({count}, at::kInt);
+  static auto& of_graphs = *new std::vector<at::Tensor>();
   if (is_capturing(queue)) of_graphs.push_back(before);
   return {before, reinterpret_cast<unsigned*>(before.mutable_data_ptr<int>())};
 }
+
+void forget_counters() { counters_before().reset(); }
 
 CudaCall::CudaCall(const char* op, const at::Tensor& x) {
   queue.machine = &machine_of(0);

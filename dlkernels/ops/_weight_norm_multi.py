@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _layout
-from .._library import LIBRARY, _register_kernels, forced_launcher, second_derivative
+from .._library import LIBRARY, LIST_OPS, forced_launcher, register_kernels, second_derivative
 from ._weight_norm import _backward_fake, _forward_fake, _like_reference
 from .weight_norm import by_reference, from_rows, to_rows
 
@@ -148,7 +148,8 @@ def _register(schema: str, single: str, fake: Any, context: Any, gradient: Any) 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"dlkernels::{name}", _each(fake), lib=LIBRARY)
     LIBRARY.impl(name, _each(getattr(torch.ops.dlkernels, single).default), "CPU")
-    _register_kernels(schema, "weight_norm")
+    register_kernels(schema, "weight_norm")
+    LIST_OPS.append(name)
     torch.library.register_autograd(f"dlkernels::{name}", gradient, setup_context=context, lib=LIBRARY)
 
 

@@ -91,6 +91,7 @@ class Twin:
             try:
                 for seed in range(seeds):
                     self.module.seed(seed)
+                    self.module.forget_counters()
                     run_forked(check) if forked else check()
             except Exception:
                 continue
@@ -123,6 +124,7 @@ def twin() -> Iterator[Twin]:
     module.seed(SEED)
     module.machine(*MACHINES["h200"])
     module.take_launches()
+    module.forget_counters()
     with poisoned_empty(), dk.backend("cuda"):
         yield Twin(module)
     module.machine(*MACHINES["h200"])

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/common/cuda_call.h"
 #include "../../csrc/cuda/optimizer_table.h"
 #include "shim.h"
 
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_cuda_host, m) {
         return launches;
       },
       "The launches since the last call.");
+  m.def("forget_counters", &dlkernels::forget_counters, "What a kernel that was stopped left is nobody's fault.");
   m.def("take_barriers", &shim::take_barriers, "The barriers passed since the last call: file:line, or cluster.");
   m.def("leave_out", &shim::leave_out, "A barrier that is not there from now on; an empty name ends that.");
   m.def("count_bytes", &shim::count_bytes, "Count the bytes of global memory that kernels load and store from now on.");

@@ -117,4 +117,4 @@ def test_a_refused_launch_names_op_shape_and_device(twin: Any) -> None:
 
 
 def test_library_has_every_op_of_the_extension(twin: Any) -> None:
-    assert {*_library.OPS, *_library.MUTATIONS, "adamw", "sgdw"} >= _backend.CUDA_OPS
+    assert {*_library.OPS, *_library.MUTATIONS, *_library.LIST_OPS, "adamw", "sgdw"} >= _backend.CUDA_OPS
