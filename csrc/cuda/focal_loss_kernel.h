@@ -24,15 +24,15 @@ struct SigmoidFocalArgs {
   int classes;  // 0: one target per element
   int64_t ignore_index;
   float alpha_1, alpha_0, gamma;
-  float* loss;              // [numel] or nullptr
-  void* dx;                 // [numel] or nullptr
-  const float* grad_each;   // [numel] gradient of the losses, or nullptr
-  const float* grad_one;    // [] the same for all losses, or nullptr
-  float* total;             // [] sum of the losses, divided; or nullptr
-  float* partial;           // [grid] where the grid has several blocks
-  int64_t* left_out;        // [grid], for kCountAlong
-  unsigned* counter;        // 0
-  Divisor divisor_from;     //
+  float* loss;             // [numel] or nullptr
+  void* dx;                // [numel] or nullptr
+  const float* grad_each;  // [numel] gradient of the losses, or nullptr
+  const float* grad_one;   // [] the same for all losses, or nullptr
+  float* total;            // [] sum of the losses, divided; or nullptr
+  float* partial;          // [grid] where the grid has several blocks
+  int64_t* left_out;       // [grid], for kCountAlong
+  unsigned* counter;       // 0
+  Divisor divisor_from;
   float known;              // kKnown
   const float* normalizer;  // [] kRead
   float* divisor;           // [] to publish it; or nullptr

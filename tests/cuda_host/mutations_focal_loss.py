@@ -14,14 +14,14 @@ MUTATIONS = [
     ),
     (
         KERNEL,
-        "if (row.first >= a.classes) ++row.row",
-        "if (row.first > a.classes) ++row.row",
+        "if (row.first >= a.classes) ++row.row, ",
+        "if (row.first >= a.classes) ",
         f"{TESTS}::test_a_grid_that_goes_round",
     ),
     (
         KERNEL,
         "grads[i] = judged(grads[i], bits, begin + i);",
-        "",
+        "grads[i] += 0.0f;",
         f"{TESTS}::test_left_out_elements_are_zero_whatever_they_meet",
     ),
     (KERNEL, "} else if (all_hard(t_of[u])) {", "} else if (true) {", f"{TESTS}::test_is_the_reference"),
