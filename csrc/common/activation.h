@@ -21,16 +21,7 @@ template <class V>
 DL_INLINE V reciprocal(V x) {
   return splat<V>(1) / x;
 }
-#if defined(__CUDACC__)
-template <>
-DL_INLINE float reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fdividef(1.0f, x);  // two instructions, where a division takes ten
-#else
-  return 1.0f / x;
-#endif
-}
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 template <>
 DL_INLINE vfloat reciprocal(vfloat x) {
   const vfloat r = reinterpret_cast<vfloat>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
