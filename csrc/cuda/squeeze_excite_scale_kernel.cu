@@ -101,6 +101,15 @@ scale_grad_kernel(const SqueezeExciteArgs a) {
   });
 }
 
+DL_DEVICE float activated(int code, float z) {
+  with_activation(static_cast<Activation>(code), [&](auto kind) { z = activate<decltype(kind)::value>(z); });
+  return z;
+}
+DL_DEVICE float slope_of(int code, float z) {
+  with_activation(static_cast<Activation>(code), [&](auto kind) { z = slope<decltype(kind)::value>(z); });
+  return z;
+}
+
 // Math      act(a), gate(a), a act'(b) or a gate'(b).
 // Traffic   read a (and b), write out: numbers per channel, not per element.
 // Grid      one thread per number.
@@ -111,15 +120,11 @@ point_kernel(SqueezeExcitePoint point, int code, const float* a, const float* b,
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= numel) return;
   float v = load_one<Use::kAgain>(a + i);
-  if (point == SqueezeExcitePoint::kGate) {
-    v = gate(static_cast<Gate>(code), v);
-  } else if (point == SqueezeExcitePoint::kGateGrad) {
-    v *= gate_slope(static_cast<Gate>(code), load_one(b + i));
-  } else {
-    with_activation(static_cast<Activation>(code), [&](auto kind) {
-      if (point == SqueezeExcitePoint::kActivate) v = activate<decltype(kind)::value>(v);
-      else v *= slope<decltype(kind)::value>(load_one(b + i));
-    });
+  switch (point) {
+    case SqueezeExcitePoint::kGate: v = gate(static_cast<Gate>(code), v); break;
+    case SqueezeExcitePoint::kGateGrad: v *= gate_slope(static_cast<Gate>(code), load_one(b + i)); break;
+    case SqueezeExcitePoint::kActivate: v = activated(code, v); break;
+    default: v *= slope_of(code, load_one(b + i));
   }
   store_one<Use::kAgain>(out + i, v);
 }
