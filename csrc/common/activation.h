@@ -123,7 +123,7 @@ struct ActivationTag {
   static constexpr Activation value = A;
 };
 template <class F>
-DL_HOST_DEVICE auto with_activation(Activation a, F f) {
+DL_IN_KERNELS auto with_activation(Activation a, F f) {
   switch (a) {
     case Activation::kRelu: return f(ActivationTag<Activation::kRelu>{});
     case Activation::kLeakyRelu: return f(ActivationTag<Activation::kLeakyRelu>{});

@@ -10,9 +10,11 @@
 #include <cuda_fp16.h>
 #define DL_INLINE __host__ __device__ __forceinline__
 #define DL_HOST_DEVICE __host__ __device__
+#define DL_IN_KERNELS __device__
 #else
 #define DL_INLINE inline __attribute__((always_inline))
 #define DL_HOST_DEVICE
+#define DL_IN_KERNELS
 #endif
 #define DL_BODY
 

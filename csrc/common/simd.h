@@ -32,6 +32,7 @@
 
 #define DL_INLINE inline __attribute__((always_inline))
 #define DL_HOST_DEVICE  // a function that kernels for GPUs call too
+#define DL_IN_KERNELS   // and that on a GPU nobody else calls: what it is given may be a kernel's own lambda
 // Behind the parameters of a lambda that is the body of a loop.
 #define DL_BODY __attribute__((always_inline))
 
