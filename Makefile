@@ -51,7 +51,7 @@ test-interpreter: build
 # The CUDA kernels on the host, under sanitizers, whose reports would be lost with the process that they end.
 test-cuda-host: build
 	rm -f build/cuda_host/report.*
-	twin=$$($(PY) tests/cuda_host/_twin.py --env) && eval "$$twin" && export TRITON_INTERPRET=1 && \
+	twin=$$($(PY) tests/cuda_host/_twin.py --env) && eval "$$twin" && export TRITON_INTERPRET=1 DLKERNELS_REQUIRE=twin,interpreter && \
 	  $(PYTEST) tests/cuda_host && $(PYTEST) tests/ops -k cuda || { cat build/cuda_host/report.* 2>/dev/null; exit 1; }
 
 bench: build
