@@ -204,5 +204,5 @@ def kernel_names() -> set[str]:
     for path in (ROOT / "dlkernels" / "triton").glob("*.py"):
         names |= set(re.findall(r"@triton\.jit(?:\([^@]*?\))?[^\n@]*\n(?:@[^\n]*\n)*def (\w+)", path.read_text()))
     for path in (ROOT / "csrc" / "cuda").iterdir():
-        names |= set(re.findall(r"^DL_KERNEL\([^)]*\)\s*(\w+)\s*\(", path.read_text(), re.MULTILINE))
+        names |= set(re.findall(r"^DL_KERNEL\(.*\)\n(\w+)\(", path.read_text(), re.MULTILINE))
     return names
