@@ -54,7 +54,9 @@ def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = Fals
         torch.cuda.is_available() or (interpreted and _backend.interpreting())
     ):
         names.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-    if torch.cuda.is_available() or (interpreted and _backend.TWIN is not None):
+    if any(op.startswith(family) for op in _backend.CUDA_OPS) and (
+        torch.cuda.is_available() or (interpreted and _backend.TWIN is not None)
+    ):
         names.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
 
     @pytest.fixture(params=names)
