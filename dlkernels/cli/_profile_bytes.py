@@ -105,7 +105,7 @@ class _Count(TorchDispatchMode):
 
 def bytes_per_step(step: Callable[[], None]) -> dict[str, int]:
     """Least bytes of one step by range name, from a step whose ops all go through the dispatcher."""
-    fast, _backend.fast = _backend.fast, lambda: None  # the eager C++ entries bypass it
+    fast, _backend.fast = _backend.fast, lambda x: None  # the eager C++ entries bypass it
     count = _Count()
     hook = register_optimizer_step_post_hook(count.add_step)
     try:
