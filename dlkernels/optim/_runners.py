@@ -68,16 +68,24 @@ def host_control(
 class TableRunner:
     """A compiled table keeps pointers between steps and notices when they change."""
 
-    table: Any
-
-    def _make_table(
-        self, kind: Any, family: str, items: list[Item], rows: list[Row], owners: list[Tensor], *options: Any
+    def __init__(
+        self,
+        family: str,
+        items: list[Item],
+        rows: list[Row],
+        owners: list[Tensor],
+        *,
+        rounding_seed: int | None,
+        average_decay: float | None,
     ) -> None:
+        self.rounding_seed = rounding_seed
+        self.average_decay = 0.0 if average_decay is None else average_decay
         counters = {id(row.step): row.step for row in rows if row.step is not None}
         places = {key: i for i, key in enumerate(counters)}
         by_group = {row.scalars.group: row.scalars for row in rows}
         self.scalars, groups = list(by_group.values()), list(by_group)
-        self.table = kind(
+        self.table = self._new_table(
+            items[0].param.device.type,
             family,
             owners,
             [
@@ -90,8 +98,10 @@ class TableRunner:
             list(counters.values()),
             [places.get(id(row.step), -1) for row in rows],
             [groups.index(row.scalars.group) for row in rows],
-            *options,
         )
+
+    def _new_table(self, device_type: str, *lists: Any) -> Any:
+        raise NotImplementedError
 
     def set_grads(self, grads: list[Tensor]) -> None:
         self.table.set_grads(grads)
@@ -108,19 +118,8 @@ class CppRunner(TableRunner):
 
     on_host = True  # scalars are numbers
 
-    def __init__(
-        self,
-        family: str,
-        items: list[Item],
-        rows: list[Row],
-        owners: list[Tensor],
-        *,
-        rounding_seed: int | None,
-        average_decay: float | None,
-    ) -> None:
-        self._make_table(_backend.C.OptimizerTable, family, items, rows, owners)  # type: ignore[union-attr]
-        self.rounding_seed = rounding_seed
-        self.average_decay = 0.0 if average_decay is None else average_decay
+    def _new_table(self, device_type: str, *lists: Any) -> Any:
+        return _backend.C.OptimizerTable(*lists)  # type: ignore[union-attr]
 
     def run(self, rows: list[Row], **scaling: Any) -> float | None:
         factor, norm, skip = host_control(**scaling) if scaling else (1.0, None, False)
@@ -137,18 +136,8 @@ class CudaRunner(TableRunner):
     on_host = False  # scalars may be tensors
     takes_numbers = True  # and numbers
 
-    def __init__(
-        self,
-        family: str,
-        items: list[Item],
-        rows: list[Row],
-        owners: list[Tensor],
-        *,
-        rounding_seed: int | None,
-        average_decay: float | None,
-    ) -> None:
-        kind, decay = _cuda_table(items[0].param.device.type), 0.0 if average_decay is None else average_decay
-        self._make_table(kind, family, items, rows, owners, decay, rounding_seed)
+    def _new_table(self, device_type: str, *lists: Any) -> Any:
+        return _cuda_table(device_type)(*lists, self.average_decay, self.rounding_seed)
 
     @property
     def captured(self) -> bool:
