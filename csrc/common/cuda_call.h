@@ -2,10 +2,10 @@
 // Triton for what CUDA C++ does not serve. Compiled by the C++ compiler: no kernel in here.
 //
 //   at::Tensor foo_cuda(const at::Tensor& input, double factor) {
-//     if (!served(input)) return in_triton<at::Tensor(const at::Tensor&, double)>("foo")(input, factor);
+//     if (!served(input)) return find_in_triton<decltype(foo_cuda)>("foo").call(input, factor);
 //     const CudaCall call("foo", input);
 //     at::Tensor y = at::empty_like(input);
-//     foo_launch(call.queue, {...});
+//     launch_foo(call.queue, {...});
 //     return y;
 //   }
 //   DL_CUDA_LIBRARY(m) { m.impl("foo", foo_cuda); }
@@ -33,8 +33,8 @@
 
 namespace dlkernels {
 
-// The device of an index, looked up once.
-const Machine& machine_of(int index);
+// The device of a tensor, looked up once.
+const Machine& machine_of(const at::Tensor& x);
 
 // Whether CUDA C++ has code for the device of x, and kernels for its dtype: float32, float16, bfloat16. Triton serves
 // float64, which exists for gradient checks.

@@ -21,7 +21,7 @@ void with_dtype(Float dtype, F f) {
 }
 
 // Whether every pointer (nullptr included) is a multiple of 16 bytes.
-template <class T, class... P>
+template <class... P>
 bool aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }

@@ -39,8 +39,7 @@ DL_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(dl_shared_memory);
 }
 
-// Collectives of a warp
-// ------------------------------------------------------------------------------------------------
+// Collectives of a warp -----------------------------------------------------------------------------------------------
 
 template <class T>
 DL_DEVICE T shuffle_xor(T value, int mask) {
@@ -62,8 +61,7 @@ DL_DEVICE T shuffle_down(T value, int distance) {
 DL_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DL_DEVICE void warp_barrier() { __syncwarp(); }
 
-// Clusters (sm_90 on)
-// --------------------------------------------------------------------------------------------------
+// Clusters (sm_90 on) -------------------------------------------------------------------------------------------------
 
 DL_DEVICE unsigned cluster_rank() {
   unsigned rank = 0;
@@ -117,8 +115,7 @@ DL_DEVICE void allow_next_kernel() {
 #endif
 }
 
-// Between blocks
-// -------------------------------------------------------------------------------------------------------
+// Between blocks ------------------------------------------------------------------------------------------------------
 
 // Counts one more; gives back the number before. Everything this thread wrote before is seen by who counts after it.
 DL_DEVICE unsigned take_ticket(unsigned* counter) {

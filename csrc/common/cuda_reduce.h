@@ -53,11 +53,12 @@ DL_DEVICE T block_sum(T value, BlockSums<T, 1>& scratch) {
   return values[0];
 }
 
-// The same over a cluster, in the order of its blocks. `slot` lies in shared memory, is of N values, and used once: the
-// caller has a barrier of the cluster before its blocks exit or write to it again.
+// What a block's threads all have becomes its sum over the blocks of the cluster, in their order. `slot` lies in shared
+// memory, is of N values, and used once: the caller has a barrier of the cluster before its blocks exit or write to it
+// again.
 template <int N, class T>
-DL_DEVICE void cluster_sum(T (&value)[N], BlockSums<T, N>& scratch, T (&slot)[N]) {
-  block_sum(value, scratch);
+DL_DEVICE void cluster_sum_of_blocks(T (&value)[N], T* slot) {
+  if (cluster_size() == 1) return;
   if (threadIdx.x == 0) {
     DL_UNROLL
     for (int i = 0; i < N; ++i) slot[i] = value[i];
@@ -68,6 +69,13 @@ DL_DEVICE void cluster_sum(T (&value)[N], BlockSums<T, N>& scratch, T (&slot)[N]
     value[i] = T(0);
     for (unsigned rank = 0; rank < cluster_size(); ++rank) value[i] += *in_block_of_cluster(&slot[i], rank);
   }
+}
+
+// The sum over all threads of a cluster.
+template <int N, class T>
+DL_DEVICE void cluster_sum(T (&value)[N], BlockSums<T, N>& scratch, T (&slot)[N]) {
+  block_sum(value, scratch);
+  cluster_sum_of_blocks(value, slot);
 }
 
 // True, in every thread, for the last of `parts` blocks that came here: all that they wrote to global memory is there

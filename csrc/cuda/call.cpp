@@ -3,7 +3,6 @@
 
 #include <ATen/ops/zeros.h>
 
-#include <deque>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -23,7 +22,7 @@ namespace dlkernels {
 
 #if defined(DL_CUDA_HOST)
 
-const Machine& machine_of(int) {
+const Machine& machine_of(const at::Tensor&) {
   static Machine machine;
   const auto& s = shim::settings;
   machine = {
@@ -55,7 +54,7 @@ Counters zeroed_counters(const Queue& queue, int64_t count) {
 void forget_counters() { counters_before().reset(); }
 
 CudaCall::CudaCall(const char* op, const at::Tensor& x) {
-  queue.machine = &machine_of(0);
+  queue.machine = &machine_of(x);
   queue.op = op;
   for (int64_t d = 0; d < x.dim() && d < 6; ++d) queue.shape[queue.dims++] = x.size(d);
 }
@@ -140,10 +139,11 @@ void know_clusters(const void* kernel, int device, const LaunchShape& shape, int
 
 }  // namespace launching
 
-const Machine& machine_of(int index) {
+const Machine& machine_of(const at::Tensor& x) {
   static std::mutex mutex;
   static std::map<int, Machine> machines;
   const std::lock_guard<std::mutex> lock(mutex);
+  const int index = x.get_device();
   const auto found = machines.find(index);
   return found != machines.end() ? found->second : machines.emplace(index, look_up(index)).first->second;
 }
@@ -170,13 +170,13 @@ Counters zeroed_counters(const Queue& queue, int64_t count) {
 }
 
 CudaCall::CudaCall(const char* op, const at::Tensor& x) : guard_(x.device()) {
-  queue.machine = &machine_of(x.get_device());
+  queue.machine = &machine_of(x);
   queue.stream = c10::cuda::getCurrentCUDAStream(x.get_device()).stream();
   queue.op = op;
   for (int64_t d = 0; d < x.dim() && d < 6; ++d) queue.shape[queue.dims++] = x.size(d);
 }
 
-bool served(const at::Tensor& x) { return x.scalar_type() != at::kDouble && machine_of(x.get_device()).compiled; }
+bool served(const at::Tensor& x) { return x.scalar_type() != at::kDouble && machine_of(x).compiled; }
 
 #endif
 

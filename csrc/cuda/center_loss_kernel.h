@@ -18,8 +18,7 @@ struct CenterLossTensors {
   int64_t n, k, d, ignore_index;
 };
 
-// Rows, in their own order: loss and gradients
-// ------------------------------------------------------------------------
+// Rows, in their own order: loss and gradients ------------------------------------------------------------------------
 
 constexpr int kCenterThreads = 256;
 
@@ -61,8 +60,7 @@ int64_t center_count_blocks(int64_t n);
 bool center_rows_in_packs(const CenterRowsArgs& args);
 void launch_center_rows(const Queue& queue, const CenterRowsPlan& plan, const CenterRowsArgs& args);
 
-// Rows by class: the centers' update and their gradient
-// ---------------------------------------------------------------
+// Rows by class: the centers' update and their gradient ---------------------------------------------------------------
 
 // How the rows are sorted by class.
 struct CenterSortPlan {

@@ -107,14 +107,14 @@ struct CenterRow {
 
 // Rows.
 //
-// Math      loss_i = 1/2 sum_d A (x - c)^2, c the center of row i's class;  dx = s A (x - c),  dA = s/2 (x - c)^2,
-// times
-//           A (1 - A) for logits;  s = g_i, or 1 / divisor for a gradient that is stored (float16: 1).
-//           divisor = max(1, rows that count) for a mean. Rows left out: 0; labels of K or more: NaN.
+// Math      loss_i = 1/2 sum_d A (x - c)^2, c the center of row i's class;  dx = s A (x - c),
+//           dA = s/2 (x - c)^2, times A (1 - A) for logits;  s = g_i, or 1 / divisor for a gradient that is stored
+//           (float16: 1). divisor = max(1, rows that count) for a mean. Rows left out: 0; labels of K or more: NaN.
 // Traffic   per element of a row that counts: read x (and A), write dx (and dA); centers from the caches, labels too.
-// Grid      kThreads / lanes rows at a time and block, every gridDim-th set of rows; lanes up to a warp, or all
-// threads. Requires  with N > 1, rows of whole packs at multiples of 16 bytes. Result    bitwise reproducible on one
-// kind of device: blocks and their sums in a fixed order, no float atomics.
+// Grid      kThreads / lanes rows at a time and block, every gridDim-th set of rows; lanes up to a warp, or all of the
+//           block's threads.
+// Requires  with N > 1, rows of whole packs at multiples of 16 bytes.
+// Result    bitwise reproducible on one kind of device: blocks and their sums in a fixed order, no float atomics.
 template <class T, int N, bool kAttention>
 DL_KERNEL(kThreads, 2)
 center_rows_kernel(const CenterRowsArgs a, const CenterRowsPlan plan) {
@@ -240,7 +240,7 @@ int64_t center_count_blocks(int64_t n) { return std::min(ceil_div(n, kCountRows)
 
 bool center_rows_in_packs(const CenterRowsArgs& a) {
   const int64_t pack = 16 / size_of(a.t.dtype);
-  return a.t.d % pack == 0 && aligned<void>(a.t.x, a.t.centers, a.t.attention, a.dx, a.dattention);
+  return a.t.d % pack == 0 && aligned(a.t.x, a.t.centers, a.t.attention, a.dx, a.dattention);
 }
 
 void launch_center_rows(const Queue& queue, const CenterRowsPlan& plan, const CenterRowsArgs& a) {

@@ -299,7 +299,7 @@ CenterSumsPlan plan_center_sums(const Machine& machine, int64_t n, int64_t d, bo
 }
 
 bool center_sums_in_packs(const CenterSumsArgs& a) {
-  return a.t.d % kPacked == 0 && aligned<void>(a.t.x, a.t.centers, a.t.attention, a.out, a.dx, a.dattention);
+  return a.t.d % kPacked == 0 && aligned(a.t.x, a.t.centers, a.t.attention, a.out, a.dx, a.dattention);
 }
 
 void launch_center_sums(const Queue& queue, const CenterSumsPlan& plan, const CenterSumsArgs& a) {

@@ -297,7 +297,7 @@ namespace {
 template <class T, Targets K>
 void launch_of_targets(const Queue& queue, const SigmoidFocalArgs& a) {
   const bool each = a.label_bytes == 0 || a.classes == 0;
-  const bool whole = aligned<T>(a.x, each ? a.target : nullptr) && aligned<T>(a.loss, a.grad_each) && aligned<T>(a.dx);
+  const bool whole = aligned(a.x, each ? a.target : nullptr) && aligned(a.loss, a.grad_each) && aligned(a.dx);
   const auto packs = static_cast<unsigned>(a.numel / kPack<T>);
   const bool backward = a.grad_each != nullptr || a.grad_one != nullptr;
   const unsigned grid = sigmoid_focal_grid(*queue.machine, a.dtype, a.numel, backward);
@@ -325,7 +325,7 @@ void launch_sigmoid_focal_loss(const Queue& queue, const SigmoidFocalArgs& a) {
 }
 
 void launch_count_labels(const Queue& queue, const CountLabelsArgs& a) {
-  const bool whole = aligned<char>(a.labels);
+  const bool whole = aligned(a.labels);
   const LaunchShape shape = {count_labels_grid(*queue.machine, a.count, a.label_bytes), kThreads, sizeof(Shared)};
   if (a.label_bytes == 1) launch(queue, shape, count_labels_kernel<uint8_t>, a, whole);
   else if (a.label_bytes == 4) launch(queue, shape, count_labels_kernel<int32_t>, a, whole);

@@ -112,7 +112,7 @@ Results3 group_norm_fwd(const at::Tensor& input, const Optional& weight, const O
   if (t.x.numel() == 0) return outputs();
   GroupNormCall a = call_of(t, num_groups, eps, activation, channels_last);
   // Outputs of the allocator are aligned.
-  const bool last = make_plan(call.queue, a, channels_last, aligned<char>(a.x, a.residual));
+  const bool last = make_plan(call.queue, a, channels_last, aligned(a.x, a.residual));
   if (!a.plan.served) return in_triton();
   const Results3 out = outputs();
   const auto& [y, mean, rstd] = out;
@@ -181,7 +181,7 @@ Results6 group_norm_bwd(const at::Tensor& grad_output, const at::Tensor& input, 
   GroupNormCall a = call_of(t, num_groups, eps, activation, channels_last);
   a.backward = true;
   a.dy = dy.const_data_ptr();
-  const bool last = make_plan(call.queue, a, channels_last, aligned<char>(a.x, a.dy, a.residual));
+  const bool last = make_plan(call.queue, a, channels_last, aligned(a.x, a.dy, a.residual));
   if (!a.plan.served) return in_triton();
   const at::Tensor dx = at::empty_like(t.x);
   // Without an activation the residual's gradient is grad_output: the operator promises a tensor of its own.

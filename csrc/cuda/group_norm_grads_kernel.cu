@@ -1,7 +1,5 @@
 // Gradients of GroupNorm's parameters from the sums of each sample and channel.
-#include "../common/cuda_dtype.h"
-#include "../common/cuda_reduce.h"
-#include "group_norm_kernel.h"
+#include "group_norm_pieces.h"
 
 namespace dlkernels {
 namespace {
@@ -15,14 +13,6 @@ struct Shared {
   bool last;
 };
 
-DL_DEVICE float parameter_at(const GroupNormParameter& p, int64_t i, float otherwise) {
-  if (p.data == nullptr) return otherwise;
-  switch (p.dtype) {
-    case Float::kFloat16: return load_one(static_cast<const float16*>(p.data) + i);
-    case Float::kBFloat16: return load_one(static_cast<const bfloat16*>(p.data) + i);
-    default: return load_one(static_cast<const float*>(p.data) + i);
-  }
-}
 DL_DEVICE void set_parameter(void* p, Float dtype, int64_t i, float value) {
   switch (dtype) {
     case Float::kFloat16: return store_one(static_cast<float16*>(p) + i, value);

@@ -454,29 +454,23 @@ group_norm_last_bwd_kernel(DL_CONSTANT GroupNormCall a) {
   if (cluster_size() > 1 && a.stage == GroupNormStage::kBoth) cluster_wait();
 }
 
-// f(kernel) with the one that serves the call.
-template <class F>
-void with_kernel(const GroupNormCall& a, F f) {
-  with_dtype(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    with_pack<T>(a.plan.packs, [&](auto n) {
-      constexpr int N = decltype(n)::value;
-      if (a.backward) f(group_norm_last_bwd_kernel<T, N>);
-      else f(group_norm_last_fwd_kernel<T, N>);
-    });
-  });
-}
+struct Kernels {
+  template <class T, int N>
+  static auto forward() {
+    return group_norm_last_fwd_kernel<T, N>;
+  }
+  template <class T, int N>
+  static auto backward() {
+    return group_norm_last_bwd_kernel<T, N>;
+  }
+};
 
 }  // namespace
 
 bool group_norm_last_clusters_run(const Queue& queue, const GroupNormCall& a) {
-  bool run = false;
-  with_kernel(a, [&](auto kernel) { run = clusters_run(queue, a.plan, kernel); });
-  return run;
+  return clusters_run<Kernels>(queue, a);
 }
 
-void launch_group_norm_last(const Queue& queue, const GroupNormCall& a) {
-  with_kernel(a, [&](auto kernel) { launch_in_batches(queue, a, kernel); });
-}
+void launch_group_norm_last(const Queue& queue, const GroupNormCall& a) { launch_in_batches<Kernels>(queue, a); }
 
 }  // namespace dlkernels

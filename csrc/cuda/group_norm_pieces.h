@@ -53,22 +53,6 @@ DL_DEVICE void team_sum(float (&value)[K], const Team& team, float (&scratch)[2]
   for (int k = 0; k < K; ++k) value[k] = warp_sum(lane() < count ? scratch[k][first + lane()] : 0.0f);
 }
 
-// The same over the blocks of the cluster, in their order; each block comes with its own sum.
-template <int K>
-DL_DEVICE void cluster_sum_of_blocks(float (&value)[K], float* slot) {
-  if (cluster_size() == 1) return;
-  if (threadIdx.x == 0) {
-    DL_UNROLL
-    for (int k = 0; k < K; ++k) slot[k] = value[k];
-  }
-  cluster_barrier();
-  DL_UNROLL
-  for (int k = 0; k < K; ++k) {
-    value[k] = 0.0f;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) value[k] += *in_block_of_cluster(&slot[k], rank);
-  }
-}
-
 // Rows of `cols` elements, `stride` apart in global memory; of `runs` packs each.
 struct Rectangle {
   unsigned rows, cols, runs;
@@ -206,8 +190,7 @@ DL_DEVICE GradientMap<float> gradient_map(float mean, float rstd, float sum_dz_x
   return {mean, rstd, -rstd * rstd * sum_dz_x_hat / count, -rstd * sum_dz / count};
 }
 
-// Launching
-// --------------------------------------------------------------------------------------------------------
+// Launching -----------------------------------------------------------------------------------------------------------
 
 inline LaunchShape launch_shape(const GroupNormPlan& p, unsigned tiles) {
   LaunchShape s;
@@ -218,24 +201,42 @@ inline LaunchShape launch_shape(const GroupNormPlan& p, unsigned tiles) {
   return s;
 }
 
-template <class Kernel>
-bool clusters_run(const Queue& queue, const GroupNormPlan& p, Kernel kernel) {
-  return active_clusters(queue, launch_shape(p, p.tiles), kernel) > 0;
+// f(kernel) with the one that serves the call: Kernels::forward<T, N>() or Kernels::backward<T, N>().
+template <class Kernels, class F>
+void with_kernel(const GroupNormCall& a, F f) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    with_pack<T>(a.plan.packs, [&](auto n) {
+      constexpr int N = decltype(n)::value;
+      if (a.backward) f(Kernels::template backward<T, N>());
+      else f(Kernels::template forward<T, N>());
+    });
+  });
+}
+
+template <class Kernels>
+bool clusters_run(const Queue& queue, const GroupNormCall& a) {
+  bool run = false;
+  with_kernel<Kernels>(
+      a, [&](auto kernel) { run = active_clusters(queue, launch_shape(a.plan, a.plan.tiles), kernel) > 0; });
+  return run;
 }
 
 // The kernel over all tiles; split, its two halves over one batch of tiles after another.
-template <class Kernel>
-void launch_in_batches(const Queue& queue, GroupNormCall a, Kernel kernel) {
-  for (a.first_tile = 0; a.first_tile < a.plan.tiles; a.first_tile += a.plan.batch) {
-    a.tiles = std::min(a.plan.batch, a.plan.tiles - a.first_tile);
-    LaunchShape s = launch_shape(a.plan, a.tiles);
-    a.stage = a.plan.split ? GroupNormStage::kSums : GroupNormStage::kBoth;
-    launch(queue, s, kernel, a);
-    if (!a.plan.split) continue;
-    a.stage = GroupNormStage::kRest;
-    s.overlap = true;
-    launch(queue, s, kernel, a);
-  }
+template <class Kernels>
+void launch_in_batches(const Queue& queue, GroupNormCall a) {
+  with_kernel<Kernels>(a, [&](auto kernel) {
+    for (a.first_tile = 0; a.first_tile < a.plan.tiles; a.first_tile += a.plan.batch) {
+      a.tiles = std::min(a.plan.batch, a.plan.tiles - a.first_tile);
+      LaunchShape s = launch_shape(a.plan, a.tiles);
+      a.stage = a.plan.split ? GroupNormStage::kSums : GroupNormStage::kBoth;
+      launch(queue, s, kernel, a);
+      if (!a.plan.split) continue;
+      a.stage = GroupNormStage::kRest;
+      s.overlap = true;
+      launch(queue, s, kernel, a);
+    }
+  });
 }
 
 }  // namespace dlkernels

@@ -194,7 +194,7 @@ class CudaOptimizerTable final : public OptimizerTableBase {
                                        (t.slot_dtype == Float::kBFloat16 && t.slots[0] != nullptr));
     }
     needs_ = !usual ? Needs::kAll : rounds_ ? Needs::kRounding : Needs::kLittle;
-    length_ = unit_length(elements, machine_of(items_[0].param.get_device()));
+    length_ = unit_length(elements, machine_of(items_[0].param));
     std::vector<int> begins;  // of items, then of norm sets
     std::vector<int> sets;
     for (const size_t i : order_) {

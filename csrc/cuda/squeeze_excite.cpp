@@ -6,10 +6,10 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <tuple>
 
 #include "../common/cuda_call.h"
+#include "../common/cuda_dtype.h"
 #include "../common/layer.h"
 #include "squeeze_excite_plan.h"
 
@@ -36,11 +36,6 @@ struct Tensors {
         b2(contiguous(b2_)),
         residual(contiguous(residual_)) {}
 };
-
-bool on_16_bytes(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
 
 SqueezeExciteWeight weight(const at::Tensor& w) {
   return {data_or_null(w), w.defined() && w.scalar_type() == at::kFloat};
@@ -69,7 +64,7 @@ SqueezeExciteProblem problem(const SqueezeExciteArgs& a, int64_t tensors) {
           a.r,
           size_of(a.dtype),
           a.last,
-          on_16_bytes({a.x, a.residual, a.y, a.dy, a.dx, a.dresidual, a.gate_value}),
+          aligned(a.x, a.residual, a.y, a.dy, a.dx, a.dresidual, a.gate_value),
           tensors};
 }
 

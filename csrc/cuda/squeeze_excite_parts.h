@@ -96,8 +96,7 @@ DL_DEVICE Floats<N> of_channels(bool last, bool whole, I inner, I o, const V& va
   return x;
 }
 
-// Sums per channel
-// -----------------------------------------------------------------------------------------------------
+// Sums per channel ----------------------------------------------------------------------------------------------------
 
 // dz, from dy in its place.
 template <int N>
@@ -347,8 +346,7 @@ DL_DEVICE void channel_sums(const SqueezeExciteArgs& a, int64_t n, const Tile& t
                                a.last});
 }
 
-// The layers
-// -----------------------------------------------------------------------------------------------------------
+// The layers ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 DL_DEVICE float weight(const SqueezeExciteWeight& w, int64_t i) {

@@ -9,11 +9,9 @@ constexpr int kSumThreads = 256;
 
 // Math      forward: mean = sum x / S;  backward: dz = dy act'(x e + r),  de = sum dz x. When walking, the layers too.
 // Traffic   per element: read x; backward read dy, x (r), write dz where there is an activation: x or dz stays in L2
-// for
-//           the scale. Per sample, when walking, the weights once.
+//           for the scale. Per sample, when walking, the weights once.
 // Grid      samples x tiles of plan.tile_channels x plan.tile_positions. The last block of a sample adds the sums of
-// its
-//           chunks, in order, and runs the layers.
+//           its chunks, in order, and runs the layers.
 // Requires  with N > 1: multiples of 16 bytes, rows of a multiple of N elements, or tiles of whole rows that begin at
 //           one. Counters that are 0.
 // Result    bitwise reproducible: fixed trees, chunks in the order of their index.

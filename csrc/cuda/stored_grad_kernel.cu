@@ -52,7 +52,7 @@ void launch_scale_stored_grad(const Queue& queue, const StoredGradArgs& a) {
   if (a.numel == 0) return;
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    with_pack<T>(aligned<T>(a.x, a.y), [&](auto n) {
+    with_pack<T>(aligned(a.x, a.y), [&](auto n) {
       constexpr int N = decltype(n)::value;
       const int64_t per_block = int64_t{N} * kThreads * kUnroll;
       launch(queue, {static_cast<unsigned>(ceil_div(a.numel, per_block)), kThreads}, scale_stored_grad_kernel<T, N>, a);

@@ -64,11 +64,9 @@ bool has_work(const Problem& p) {
 
 void plan(Problem& p, unsigned max_cluster) {
   const int64_t element_bytes = size_of(p.dtype);
-  const bool packs =
-      aligned<char>(p.v.const_data_ptr(), p.out.const_data_ptr(), p.backward ? p.x.const_data_ptr() : nullptr);
-  const int device = p.v.is_cuda() ? p.v.get_device() : 0;
-  p.tiling = weight_norm_tiling(machine_of(device), p.v.size(0), p.v.size(1), p.v.size(2),
-                                static_cast<int>(element_bytes), packs, max_cluster);
+  const bool packs = aligned(p.v.const_data_ptr(), p.out.const_data_ptr(), p.backward ? p.x.const_data_ptr() : nullptr);
+  p.tiling = weight_norm_tiling(machine_of(p.v), p.v.size(0), p.v.size(1), p.v.size(2), static_cast<int>(element_bytes),
+                                packs, max_cluster);
 }
 
 unsigned portable_cluster(const Machine& machine) { return machine.clusters() ? 8 : 1; }
@@ -93,8 +91,7 @@ WeightNormLayer layer_of(const Problem& p) {
   return a;
 }
 
-// One weight
-// ------------------------------------------------------------------------------------------------------------
+// One weight ----------------------------------------------------------------------------------------------------------
 
 // Fills in p.tiling.
 void run(const char* op, Problem& p) {
@@ -134,8 +131,7 @@ Pair weight_norm_bwd(const at::Tensor& grad_output, const at::Tensor& v, const a
   return p.result();
 }
 
-// The weights of a model
-// ------------------------------------------------------------------------------------------------
+// The weights of a model ----------------------------------------------------------------------------------------------
 
 // Every weight whose units are a block's each goes in one launch of its dtype, the others in calls of their own.
 void run_all(const char* op, std::vector<Problem>& problems) {
@@ -144,7 +140,7 @@ void run_all(const char* op, std::vector<Problem>& problems) {
   std::array<std::vector<unsigned>, 3> units;
   for (Problem& p : problems) {
     if (!has_work(p)) continue;
-    plan(p, portable_cluster(machine_of(p.v.is_cuda() ? p.v.get_device() : 0)));
+    plan(p, portable_cluster(machine_of(p.v)));
     if (p.tiling.sharing != WeightNormSharing::kWhole) {
       run(op, p);
       continue;

@@ -195,8 +195,7 @@ DL_DEVICE float total_of(const Floats<N>& x) {
   return total;
 }
 
-// A unit whose elements a whole block sums, or several: a row, or a tile of columns.
-// ------------------------------------------------------------------------------------------------
+// A unit whose elements a whole block sums, or several: a row, or a tile of columns. ----------------------------------
 
 template <class T>
 struct TileShared {

@@ -30,8 +30,7 @@ DL_DEVICE void with_form(const WeightNormLayer& a, F f) {
   else a.packs ? f(pack, std::false_type{}) : f(one, std::false_type{});
 }
 
-// In a cluster
-// ---------------------------------------------------------------------------------------------------------
+// In a cluster --------------------------------------------------------------------------------------------------------
 
 // Math      as weight_norm_kernel.
 // Traffic   per element: read v (and dw), write the result.
@@ -69,8 +68,7 @@ weight_norm_cluster_kernel(const WeightNormLayer a, const WeightNormParts parts)
 #endif
 }
 
-// In two launches
-// ------------------------------------------------------------------------------------------------------
+// In two launches -----------------------------------------------------------------------------------------------------
 
 // Math      the sums of each part; the last block of a unit adds them up: norm or dg, and the factors of its rows.
 // Traffic   per element: read v (and dw), for L2 to keep what fits.

@@ -24,5 +24,5 @@ MUTATIONS = [
     # Batches that do not go on.
     (f"{CUDA}.cpp", "std::min(a.plan.batch, a.n - a.first_n)", "a.n - a.first_n", f"{TESTS}::test_batches"),
     # Packs in memory that is not aligned.
-    (f"{CUDA}.cpp", "on_16_bytes({a.x, a.residual,", "on_16_bytes({a.x,", f"{TESTS}::test_unaligned"),
+    (f"{CUDA}.cpp", "aligned(a.x, a.residual,", "aligned(a.x,", f"{TESTS}::test_unaligned"),
 ]

@@ -156,8 +156,6 @@ inline int atomic_add_shared(int* counter, int value) {
 
 #define __syncthreads() (::dlkernels::shim::block_barrier(__FILE__, __LINE__))
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 
 #define threadIdx (::dlkernels::shim::here.thread)
