@@ -232,8 +232,8 @@ def update_centers_(
     Note:
         Deterministic: rows are grouped by class with a stable sort and summed in a fixed order, also when all share one
         class. Memory O(N D + K), on P ranks O(P N D). Not differentiable; a graph that has saved the centers notices.
-        DLKERNELS_ATOMICS=1 in the environment lets Triton add with atomics in place of the sort, here and in the gradient
-        of the centers, where K <= N: sums then differ in their last bits from run to run. CUDA C++ always sorts.
+        DLKERNELS_ATOMICS=1 in the environment lets Triton add with atomics in place of the sort, here and in the
+        centers' gradient, where K <= N: sums then differ in their last bits from run to run. CUDA C++ always sorts.
 
     Reference:
         Wen et al. 2016, eq. 4; Cai et al. 2018, eq. 6; Farzaneh and Qi 2021, eq. 6.
