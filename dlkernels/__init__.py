@@ -21,8 +21,10 @@ from .ops import (
     update_centers_,
     weight_norm,
 )
+from .swap import SwapReport, swap, unswap
 
 __all__ = [
+    "SwapReport",
     "__version__",
     "backend",
     "build_info",
@@ -40,6 +42,8 @@ __all__ = [
     "sparse_center_loss",
     "squeeze_excite",
     "stochastic_depth",
+    "swap",
+    "unswap",
     "update_centers_",
     "weight_norm",
 ]

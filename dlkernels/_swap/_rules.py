@@ -14,6 +14,12 @@ from torch import nn
 from ._activations import qualified
 
 
+def mixed_dtypes(module: nn.Module) -> str:
+    """Why a module with parameters of several dtypes is not swapped; "" for one dtype."""
+    dtypes = {p.dtype for p in module.parameters()}
+    return "" if len(dtypes) < 2 else f"parameters of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+
+
 def never(module: nn.Module) -> str:
     """The check of a rule that has nothing to refuse."""
     return ""

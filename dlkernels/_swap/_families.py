@@ -1,0 +1,92 @@
+"""All rules, and the class that a module gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from . import _group_norm, _stochastic_depth
+from ._chains import chain, spans
+from ._classes import Key, fused
+from ._rewrite import Source, Span, rewritten
+from ._rules import Rule, fingerprint, known, unknown_forward
+
+FAMILIES = ("center_loss", "focal_loss", "group_norm", "squeeze_excite", "stochastic_depth", "weight_norm")
+RULES: dict[str, Rule] = {**_group_norm.RULES, **_stochastic_depth.RULES}
+# Rules of classes that many modules of a library have a copy of: by the end of their name, and by what they do.
+_COPIES: dict[str, Rule] = {"DropPath": _stochastic_depth.UNIFORM}
+
+_found: dict[type, tuple[str, Rule] | None] = {}
+
+
+def rule_of(cls: type) -> tuple[str, Rule] | None:
+    """The rule for a class, and what it goes by; None where there is none."""
+    if cls not in _found:
+        _found[cls] = known(cls, RULES) or _copy(cls)
+    return _found[cls]
+
+
+def _copy(cls: type) -> tuple[str, Rule] | None:
+    for ending, rule in _COPIES.items():
+        if cls.__name__.endswith(ending) and fingerprint(cls.forward) in rule.fingerprints:
+            return f"*{ending}", rule
+    return None
+
+
+def class_for(original: type, key: Key) -> type:
+    """The fused class that a key stands for."""
+    kind, what = key
+    if kind == "rule":
+        rule = RULES[what] if what in RULES else _COPIES[what[1:]]
+        return fused(original, key, lambda: {"forward": rule.forward, **rule.members})
+    if kind == "sequence":
+        return fused(original, key, lambda: {"forward": _sequence})
+    return fused(original, key, lambda: {"forward": rewritten(original, what, chain)})
+
+
+def rule_key(name: str) -> Key:
+    return "rule", name
+
+
+def block_key(spans: tuple[Span, ...]) -> Key:
+    return "block", spans
+
+
+SEQUENCE_KEY: Key = ("sequence", "")
+
+
+def _sequence(self: nn.Sequential, input: Any) -> Any:
+    return chain(self, input, tuple(self._modules))
+
+
+def is_sequence(cls: type) -> bool:
+    """Whether a class does nothing but to call its children one after the other."""
+    return issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
+
+
+_sources: dict[type, Source] = {}
+
+
+def live_spans(module: nn.Module, starts: dict[int, str]) -> tuple[Span, ...]:
+    """The stretches of a module's forward that could be fused, with these modules as they are."""
+    cls = type(module)
+    if cls not in _sources:
+        _sources[cls] = Source(cls.forward)
+    found: list[Span] = []
+    for number, steps in enumerate(_sources[cls].chains):
+        names = steps.names()
+        for i, j in spans(module, [op.form for _, op in steps.operations()], starts):
+            found.append((number, i, names[i:j]))
+    return tuple(found)
+
+
+def class_for_hook(hook: Any) -> type | None:
+    """The class for an object among the hooks of a module, if it is one of ours to swap."""
+    return None
+
+
+__all__ = [
+    "FAMILIES", "RULES", "SEQUENCE_KEY", "block_key", "class_for", "class_for_hook", "is_sequence", "live_spans", "rule_key",
+    "rule_of", "unknown_forward",
+]  # fmt: skip
