@@ -30,8 +30,9 @@ def swap(
     """Make the modules of a model run on fused ops, in place; numbers, parameters, names and state_dict stay.
 
     Each module that has a fused form gets a subclass of its own class (`module.__class__`), so that hooks, parameter
-    identity, isinstance, pickling, optimizers and checkpoints go on working. Neighbouring steps become one: a norm with the
-    modulation, the residual and the activation behind it, stochastic depth and squeeze-and-excitation with the residual.
+    identity, isinstance, pickling, optimizers and checkpoints go on working. Neighbouring steps become one: a norm with
+    the modulation, the residual and the activation behind it, stochastic depth and squeeze-and-excitation with the
+    residual.
 
     Args:
         model: an nn.Module, itself included; before or after a checkpoint is loaded, on any device ("meta" too).

@@ -136,7 +136,7 @@ class Rest:
         return name
 
 
-# Before any call -------------------------------------------------------------------------------------------------------
+# Before any call ------------------------------------------------------------------------------------------------------
 
 
 def spans(owner: nn.Module, ops: list[Any], starts: dict[int, str]) -> list[tuple[int, int]]:

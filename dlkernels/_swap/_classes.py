@@ -74,9 +74,8 @@ def plain(*modules: Any) -> bool:
 
 def is_served(x: Any) -> bool:
     """Whether a value is a tensor that our ops take: a plain one on a CPU or a CUDA device, not a DTensor."""
-    if x.__class__ is not torch.Tensor:
-        if not isinstance(x, torch.Tensor) or is_traceable_wrapper_subclass(x):
-            return False
+    if x.__class__ is not torch.Tensor and (not isinstance(x, torch.Tensor) or is_traceable_wrapper_subclass(x)):
+        return False
     return x.is_floating_point() and x.device.type in ("cpu", "cuda") and torch._C._get_tracing_state() is None
 
 

@@ -87,6 +87,6 @@ def class_for_hook(hook: Any) -> type | None:
 
 
 __all__ = [
-    "FAMILIES", "RULES", "SEQUENCE_KEY", "block_key", "class_for", "class_for_hook", "is_sequence", "live_spans", "rule_key",
-    "rule_of", "unknown_forward",
+    "FAMILIES", "RULES", "SEQUENCE_KEY", "block_key", "class_for", "class_for_hook", "is_sequence", "live_spans",
+    "rule_key", "rule_of", "unknown_forward",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-# Wrappers by module and name, which are looked for only where their module is loaded; what they are called, and the way out.
+# Wrappers by module and name, looked for only where their module is loaded; what to call that; the way out.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "compiled by torch.compile", "torch.compile"),
     (

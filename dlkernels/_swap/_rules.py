@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,9 +67,14 @@ class _Bare(ast.NodeTransformer):
 def parse(function: Any) -> ast.FunctionDef | None:
     """The syntax tree of a function, without the wrappers around it; None when its source is not there."""
     try:
-        source = inspect.getsource(inspect.unwrap(function))
+        code = inspect.unwrap(function).__code__
+        # inspect.getsource would look through every loaded module for the function's.
+        lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+        source = "".join(inspect.getblock(lines))
         tree = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source)
-    except (OSError, TypeError, SyntaxError, ValueError):
+    except (AttributeError, SyntaxError, ValueError):
+        return None
+    if not tree.body:
         return None
     node = tree.body[0]
     if isinstance(node, ast.If):
