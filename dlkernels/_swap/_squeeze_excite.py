@@ -15,13 +15,12 @@ from ..ops.squeeze_excite import HIDDEN_ACTIVATIONS, squeeze_excite
 from ._activations import GATES, activation_of, name_of
 from ._classes import Fused, plain
 from ._rules import Rule, fingerprint
+from ._tensors import TENSORS, plain_tensor, traced
 
 HIDDEN = frozenset(HIDDEN_ACTIVATIONS)
 _CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # -> the rank of their input
 _POOLS = {nn.AdaptiveAvgPool1d: 3, nn.AdaptiveAvgPool2d: 4, nn.AdaptiveAvgPool3d: 5}
 _BOXES = (nn.Sequential, nn.ModuleList)
-_TENSORS = (Tensor, nn.Parameter)
-_WHEN_TRACED = ("FakeTensor", "FunctionalTensor")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _methods(form: Form) -> tuple[Callable[..., Any], Callable[..., Any]]:
                 rank = pooled
         if rank is None:
             rank = form.rank
-        if rank not in ranks or (type(x) not in _TENSORS and not _traced(x)) or x.dim() != rank:
+        if rank not in ranks or (type(x) not in TENSORS and not traced(x)) or x.dim() != rank:
             return None
         act, gate, act_name, gate_name = fc2, fc2, form.act_name, form.gate_name
         if n_act is not None:
@@ -141,17 +140,12 @@ def _methods(form: Form) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, fused_forward
 
 
-def _traced(x: Any) -> bool:
-    """What export and compile put in the place of plain tensors."""
-    return torch.compiler.is_compiling() and type(x).__name__ in _WHEN_TRACED
-
-
 def _fit(x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
     """Whether `squeeze_excite` takes these; where it would raise, the original says what is wrong."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     for t in (x, w1, b1, w2, b2):
         if t is not None and not (
-            (type(t) in _TENSORS or _traced(t))
+            plain_tensor(t)
             and (t.dtype == x.dtype or (half and t.dtype == torch.float32))
             and t.device == x.device
             and 0 not in t.shape
@@ -161,7 +155,6 @@ def _fit(x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor
     hidden = c if w1 is None else w1.shape[0]
     return (
         x.dtype in FLOAT_DTYPES
-        and x.layout is torch.strided
         and (w1 is None or (w1.shape[1] == c and w1.numel() == hidden * c))
         and w2.shape[0] == c
         and w2.shape[1] == hidden
@@ -171,8 +164,7 @@ def _fit(x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor
 
 def _like(residual: Tensor, x: Tensor) -> bool:
     return (
-        (type(residual) in _TENSORS or _traced(residual))
-        and residual.layout is torch.strided
+        plain_tensor(residual)
         and residual.dtype == x.dtype
         and residual.shape == x.shape
         and residual.device == x.device
