@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from .. import _backend
 from .._checks import FLOAT_DTYPES
 from ..ops.squeeze_excite import HIDDEN_ACTIVATIONS, squeeze_excite
-from ._activations import GATES, activation_of, name_of
+from ._activations import GATES, name_of
+from ._chains import Rest
 from ._classes import Fused, plain
 from ._rules import Rule, fingerprint
 from ._tensors import TENSORS, plain_tensor, traced
 
+FAMILY = "squeeze_excite"
 HIDDEN = frozenset(HIDDEN_ACTIVATIONS)
 _CONVOLUTIONS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # -> the rank of their input
 _POOLS = {nn.AdaptiveAvgPool1d: 3, nn.AdaptiveAvgPool2d: 4, nn.AdaptiveAvgPool3d: 5}
@@ -140,6 +142,15 @@ def _methods(form: Form) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, fused_forward
 
 
+def _fuse(self: Any, x: Tensor, rest: Rest) -> tuple[Tensor, int] | None:
+    """This layer with the addition and the activation that follow it."""
+    residual = rest.residual()
+    if residual is None:
+        return None
+    y = self.fused_forward(x, residual, rest.activation())
+    return None if y is None else (y, rest.end)
+
+
 def _fit(x: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
     """Whether `squeeze_excite` takes these; where it would raise, the original says what is wrong."""
     half = x.dtype in (torch.float16, torch.bfloat16)
@@ -250,11 +261,11 @@ def _rule(form: Form, *prints: str, helpers: dict[str, str] | None = None) -> Ru
         return check(module)
 
     return Rule(
-        "squeeze_excite",
+        FAMILY,
         forward,
         frozenset(prints),
         with_helpers if helpers else check,
-        {"_dlkernels_se": True, "fused_forward": fused_forward},
+        {"_dlkernels_start": "squeeze", "_dlkernels_fuse": _fuse, "fused_forward": fused_forward},
     )
 
 
@@ -264,7 +275,7 @@ def _refused(reason: str) -> Rule:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return super(Fused, self).forward(*args, **kwargs)
 
-    return Rule("squeeze_excite", forward, check=lambda module: reason)
+    return Rule(FAMILY, forward, check=lambda module: reason)
 
 
 # The classes ----------------------------------------------------------------------------------------------------------
@@ -297,29 +308,9 @@ def _fvcore() -> Rule:
     return replace(rule, check=check)
 
 
-def _monai_block() -> Rule:
-    """The residual block around MONAI's layer: the sum and its activation go into the layer's call."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        layer, act = self.se_layer, self.act
-        residual = self.project(x)
-        x = self.conv3(self.conv2(self.conv1(x)))
-        if getattr(type(layer), "_dlkernels_se", False) and plain(layer, act):
-            name = activation_of(act)
-            if name is not None or type(act) is nn.Identity:
-                y = layer.fused_forward(x, residual, name)
-                if y is not None:
-                    return y
-        x = layer(x)
-        x += residual
-        return act(x)
-
-    return Rule("squeeze_excite", forward, frozenset({"5c0a80cba560"}))
-
-
 # Fingerprints: timm 1.0.31, torchvision 0.28, transformers 5.23, segmentation-models-pytorch 0.6, MONAI 1.6.1,
-# fvcore 0.1.5, dynamic-network-architectures 0.4.4. Subclasses with the forward of one of these go with it, as do
-# MONAI's ResidualSELayer and its blocks SEBottleneck, SEResNetBottleneck and SEResNeXtBottleneck.
+# fvcore 0.1.5, dynamic-network-architectures 0.4.4. A subclass that has the forward of one of these goes with it:
+# MONAI's ResidualSELayer.
 RULES: dict[str, Rule] = {
     "timm.layers.squeeze_excite.SEModule": _rule(_TIMM, "56b427456a27"),
     "timm.layers.squeeze_excite.EffectiveSEModule": _rule(
@@ -371,7 +362,6 @@ RULES: dict[str, Rule] = {
     "monai.networks.blocks.squeeze_and_excitation.ChannelSELayer": _rule(
         _in_a_box("fc", beside="avg_pool", ranks=(3, 4, 5), adds_x="add_residual"), "269cca694108"
     ),
-    "monai.networks.blocks.squeeze_and_excitation.SEBlock": _monai_block(),
     "fvcore.nn.squeeze_excitation.SqueezeExcitation": _fvcore(),
     "dynamic_network_architectures.building_blocks.regularization.SqueezeExcite": _rule(_TIMM, "56b427456a27"),
 }

@@ -70,19 +70,20 @@ RULES: dict[str, Rule] = {
 _HOOK = {"compute_weight": "61416463919e", "__call__": "fb152accae56"}  # torch 2.13
 
 
-class FusedWeightNormHook(WeightNorm):
+class FusedWeightNormHook(Fused, WeightNorm):
     """torch's hook, which sets the weight before a layer's forward pass, with `dlkernels.weight_norm`."""
+
+    _dlkernels_original = WeightNorm
+    __reduce_ex__ = object.__reduce_ex__  # it can be imported by its name
 
     def compute_weight(self, module: nn.Module) -> Any:
         w = _fused_weight(getattr(module, self.name + "_v"), getattr(module, self.name + "_g"), self.dim)
         return super().compute_weight(module) if w is None else w
 
 
-def swap_legacy_hooks(module: nn.Module) -> list[tuple[Any, type, type]]:
-    """Change the class of a module's own weight-norm hooks; (hook, its class before, its class now) of each."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook) is WeightNorm]
-    if not all(fingerprint(getattr(WeightNorm, name)) == known for name, known in _HOOK.items()):
-        return []
-    for hook in hooks:
-        hook.__class__ = FusedWeightNormHook
-    return [(hook, WeightNorm, FusedWeightNormHook) for hook in hooks]
+def class_for_hook(hook: Any) -> type | None:
+    """The class for one of the forward pre-hooks of a module; None where it is not torch's weight norm."""
+    if type(hook) is not WeightNorm:
+        return None
+    known = all(fingerprint(getattr(WeightNorm, name)) == of for name, of in _HOOK.items())
+    return FusedWeightNormHook if known else None
