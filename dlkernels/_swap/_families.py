@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from . import _group_norm, _stochastic_depth
+from . import _group_norm, _squeeze_excite, _stochastic_depth, _weight_norm
 from ._chains import chain, spans
 from ._classes import Key, fused
 from ._rewrite import Source, Span, rewritten
 from ._rules import Rule, fingerprint, known, unknown_forward
 
 FAMILIES = ("center_loss", "focal_loss", "group_norm", "squeeze_excite", "stochastic_depth", "weight_norm")
-RULES: dict[str, Rule] = {**_group_norm.RULES, **_stochastic_depth.RULES}
+RULES: dict[str, Rule] = {
+    **_group_norm.RULES, **_squeeze_excite.RULES, **_stochastic_depth.RULES, **_weight_norm.RULES,
+}  # fmt: skip
 # Rules of classes that many modules of a library have a copy of: by the end of their name, and by what they do.
 _COPIES: dict[str, Rule] = {"DropPath": _stochastic_depth.UNIFORM}
 
@@ -83,7 +85,7 @@ def live_spans(module: nn.Module, starts: dict[int, str]) -> tuple[Span, ...]:
 
 def class_for_hook(hook: Any) -> type | None:
     """The class for an object among the hooks of a module, if it is one of ours to swap."""
-    return None
+    return _weight_norm.class_for_hook(hook)
 
 
 __all__ = [

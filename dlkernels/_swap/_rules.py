@@ -82,6 +82,16 @@ def parse(function: Any) -> ast.FunctionDef | None:
     return node if isinstance(node, ast.FunctionDef) else None
 
 
+def _dump(node: Any) -> str:
+    """`ast.dump` as Python 3.11 writes it: later versions know more fields and leave out empty lists."""
+    if isinstance(node, ast.AST):
+        cls = type(node)
+        fields = [(name, getattr(node, name, None)) for name in node._fields if name != "type_params"]
+        shown = [f"{name}={_dump(x)}" for name, x in fields if x is not None or getattr(cls, name, ...) is not None]
+        return f"{cls.__name__}({', '.join(shown)})"
+    return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)
+
+
 _prints: dict[Any, str] = {}
 
 
@@ -89,7 +99,7 @@ def fingerprint(function: Any) -> str:
     """A few letters that stand for what a function does: the same for sources that differ in words only."""
     if function not in _prints:
         node = parse(function)
-        text = "" if node is None else ast.dump(ast.fix_missing_locations(_Bare().visit(node)))
+        text = "" if node is None else _dump(_Bare().visit(node))
         _prints[function] = hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
     return _prints[function]
 
