@@ -21,6 +21,7 @@ from .ops import (
     update_centers_,
     weight_norm,
 )
+from .optim import restore_optimizer, swap_optimizer
 from .swap import SwapReport, swap, unswap
 
 __all__ = [
@@ -37,12 +38,14 @@ __all__ = [
     "ops",
     "optim",
     "region_biased_loss",
+    "restore_optimizer",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "sparse_center_loss",
     "squeeze_excite",
     "stochastic_depth",
     "swap",
+    "swap_optimizer",
     "unswap",
     "update_centers_",
     "weight_norm",
