@@ -4,6 +4,7 @@ import torch  # noqa: F401  (before _C: the extension links against libtorch)
 
 from . import nn, ops, optim
 from ._backend import backend
+from ._hf_kernels import register_with_hf_kernels
 from ._info import build_info
 from ._version import __version__
 from .ops import (
@@ -38,6 +39,7 @@ __all__ = [
     "ops",
     "optim",
     "region_biased_loss",
+    "register_with_hf_kernels",
     "restore_optimizer",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
