@@ -103,7 +103,7 @@ def _layers() -> dict[str, tuple[type[nn.Module], Rule | None]]:
     if not _made:
         from ._swap._squeeze_excite import RULES
 
-        _made[qualified(nn.GroupNorm)] = (_layer("GroupNorm", _group_norm), None)
+        _made[qualified(nn.GroupNorm)] = (_layer("GroupNorm", _group_norm()), None)
         for name, rule in RULES.items():
             fused_forward = rule.members.get("fused_forward")
             if fused_forward is not None:
@@ -116,10 +116,16 @@ def _layer(name: str, forward: Callable[..., Tensor]) -> type[nn.Module]:
     return type(name, (nn.Module,), {"forward": forward, "has_backward": True, "can_torch_compile": True})
 
 
-def _group_norm(self: Any, input: Tensor) -> Tensor:
-    if type(self).forward is not nn.GroupNorm.forward or not isinstance(input, Tensor) or input.is_complex():
-        return type(self).forward(self, input)
-    return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+# Their names are "forward", by which `pickle` finds the method again.
+
+
+def _group_norm() -> Callable[..., Tensor]:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if type(self).forward is not nn.GroupNorm.forward or not isinstance(input, Tensor) or input.is_complex():
+            return type(self).forward(self, input)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    return forward
 
 
 def _squeeze_excite(fused_forward: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -82,9 +82,9 @@ def run(model: Any, x: Tensor) -> list[Tensor]:
     ]
 
 
-def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+def assert_equal(ours: list[Tensor], theirs: list[Tensor], limit: float = LIMIT) -> None:
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() <= LIMIT * b.norm()
+        assert (a - b).norm() <= limit * b.norm()
 
 
 def bound(model: nn.Module) -> dict[str, str]:
@@ -201,24 +201,26 @@ def test_hooks_and_half_precision() -> None:
         ours(torch.randn(2, 3, 9, 9))
         model(torch.randn(2, 3, 9, 9))
     assert len(seen) == 2 and seen[0] == seen[1]
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+    with pytest.raises(ValueError, match=r"(?i)expected more than 1 value per channel"):
         kernelized(nn.Sequential(nn.GroupNorm(4, 4)))(torch.randn(1, 4))
 
 
 @pytest.mark.needs("real")
 @pytest.mark.needs("cpp")
 @pytest.mark.parametrize(
-    ("make", "layers"),
+    ("make", "layers", "limit"),
     [
-        (lambda: _models("torchvision.models").mobilenet_v3_small(), 9),
-        (lambda: _models("timm").create_model("regnety_002"), 13),
-        (lambda: _models("timm").create_model("efficientnet_b0"), 16),
-        (lambda: _models("timm").create_model("rexnet_100"), 0),  # a BatchNorm inside
-        (lambda: _regnet(), 2),
+        (lambda: _models("torchvision.models").efficientnet_b0(), 16, LIMIT),
+        # The gradient of torch's hard sigmoid has a sixth in float32, also for float64.
+        (lambda: _models("torchvision.models").mobilenet_v3_small(), 9, 1e-7),
+        (lambda: _models("timm").create_model("regnety_002"), 13, LIMIT),
+        (lambda: _models("timm").create_model("efficientnet_b0"), 16, LIMIT),
+        (lambda: _models("timm").create_model("rexnet_100"), 0, LIMIT),  # a BatchNorm inside
+        (lambda: _regnet(), 2, LIMIT),
     ],
-    ids=["torchvision", "timm regnet", "timm efficientnet", "timm rexnet", "transformers"],
+    ids=["torchvision", "torchvision mobilenet", "timm regnet", "timm efficientnet", "timm rexnet", "transformers"],
 )
-def test_squeeze_excite_of_libraries(make: Any, layers: int) -> None:
+def test_squeeze_excite_of_libraries(make: Any, layers: int, limit: float) -> None:
     """Layer by layer, with the input that each has in the model, in train mode."""
     model = randomised(make()).train()
     dk.register_with_hf_kernels()
@@ -231,11 +233,11 @@ def test_squeeze_excite_of_libraries(make: Any, layers: int) -> None:
         module, original = ours.get_submodule(name), of_theirs[name]
         channels = next(m for m in original.modules() if isinstance(m, nn.Conv2d)).in_channels
         x = torch.randn(2, channels, 5, 6, generator=draw, dtype=F64)
-        assert_equal(run(module, x), run(original, x))
+        assert_equal(run(module, x), run(original, x), limit)
         with torch.no_grad():
             next(p for p in original.parameters()).mul_(1.001)
         with pytest.raises(AssertionError):
-            assert_equal(run(module, x), run(original, x))
+            assert_equal(run(module, x), run(original, x), limit)
 
 
 def _models(name: str) -> Any:
