@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._swap._activations import qualified
+from ._swap._classes import is_served
 from ._swap._rules import Rule, unknown_forward
 from .ops.group_norm import group_norm
 
@@ -121,7 +122,7 @@ def _layer(name: str, forward: Callable[..., Tensor]) -> type[nn.Module]:
 
 def _group_norm() -> Callable[..., Tensor]:
     def forward(self: Any, input: Tensor) -> Tensor:
-        if type(self).forward is not nn.GroupNorm.forward or not isinstance(input, Tensor) or input.is_complex():
+        if type(self).forward is not nn.GroupNorm.forward or not is_served(input):
             return type(self).forward(self, input)
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 

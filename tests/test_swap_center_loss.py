@@ -297,9 +297,9 @@ def test_nothing_is_left_behind() -> None:
     torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta"),
 ])  # fmt: skip
 def test_wherever_it_is_called(around: Callable[[], Any]) -> None:
-    module = Masked()
-    with around():
-        assert not isinstance(recognise(module), str)
+    for module in (Masked(), MaskedUnclamped(), Buffer()):
+        with around():
+            assert not isinstance(recognise(module), str)
 
 
 def test_before_it_is_materialised() -> None:
