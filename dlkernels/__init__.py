@@ -4,6 +4,7 @@ import torch  # noqa: F401  (before _C: the extension links against libtorch)
 
 from . import nn, ops, optim
 from ._backend import backend
+from ._hf_kernels import register_with_hf_kernels
 from ._info import build_info
 from ._version import __version__
 from .ops import (
@@ -21,6 +22,7 @@ from .ops import (
     update_centers_,
     weight_norm,
 )
+from .optim import restore_optimizer, swap_optimizer
 from .swap import SwapReport, swap, unswap
 
 __all__ = [
@@ -37,12 +39,15 @@ __all__ = [
     "ops",
     "optim",
     "region_biased_loss",
+    "register_with_hf_kernels",
+    "restore_optimizer",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "sparse_center_loss",
     "squeeze_excite",
     "stochastic_depth",
     "swap",
+    "swap_optimizer",
     "unswap",
     "update_centers_",
     "weight_norm",
