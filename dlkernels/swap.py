@@ -125,6 +125,8 @@ class _Plan:
                 self._starts[id(module)] = start
             return True
         found = families.rule_of(cls)
+        if found is None and self._center_loss(path, module):
+            return True
         if found is None:
             family, reason = stranger(cls)
             if family in self.wanted and self._accepted(module, path):
@@ -142,6 +144,22 @@ class _Plan:
         start = rule.members.get("_dlkernels_start")
         if start is not None:
             self._starts[id(module)] = start
+        return True
+
+    def _center_loss(self, path: str, module: nn.Module) -> bool:
+        """Plan for a center loss, which is known by what it computes; whether it looks like one."""
+        cls = type(module)
+        named = "centerloss" in cls.__name__.lower()
+        alike = not module._modules and hasattr(module, "centers") and not cls.__module__.startswith("dlkernels.")
+        if not alike or "center_loss" not in self.wanted or not self._accepted(module, path):
+            return False
+        recognised = families.recognise_center_loss(module)
+        if isinstance(recognised, str):
+            if named:
+                self._skip(path, cls, recognised)
+            return named
+        new = families.class_for(cls, families.center_key(recognised[1]))
+        self.changes.append((path, module, new, "center_loss"))
         return True
 
     def _hook(self, path: str, module: nn.Module, hook: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from . import _group_norm, _squeeze_excite, _stochastic_depth, _weight_norm
+from . import _center_loss, _focal_loss, _group_norm, _squeeze_excite, _stochastic_depth, _weight_norm
 from ._chains import chain, spans
 from ._classes import Key, fused
 from ._rewrite import Source, Span, rewritten
@@ -14,7 +14,7 @@ from ._rules import Rule, fingerprint, known, unknown_forward
 
 FAMILIES = ("center_loss", "focal_loss", "group_norm", "squeeze_excite", "stochastic_depth", "weight_norm")
 RULES: dict[str, Rule] = {
-    **_group_norm.RULES, **_squeeze_excite.RULES, **_stochastic_depth.RULES, **_weight_norm.RULES,
+    **_focal_loss.RULES, **_group_norm.RULES, **_squeeze_excite.RULES, **_stochastic_depth.RULES, **_weight_norm.RULES,
 }  # fmt: skip
 # Rules of classes that many modules of a library have a copy of: by the end of their name, and by what they do.
 _COPIES: dict[str, Rule] = {"DropPath": _stochastic_depth.UNIFORM}
@@ -41,10 +41,19 @@ def class_for(original: type, key: Key) -> type:
     kind, what = key
     if kind == "rule":
         rule = RULES[what] if what in RULES else _COPIES[what[1:]]
-        return fused(original, key, lambda: {"forward": rule.forward, **rule.members})
+        return fused(original, key, lambda: _members(rule, original))
+    if kind == "center":
+        return fused(original, key, lambda: {"forward": _center_loss.forward_of(what)})
     if kind == "sequence":
         return fused(original, key, lambda: {"forward": _sequence})
     return fused(original, key, lambda: {"forward": rewritten(original, what, chain)})
+
+
+def _members(rule: Rule, original: type) -> dict[str, Any]:
+    members = dict(rule.members)
+    if rule.forward is not None:
+        members["forward"] = rule.forward
+    return members if rule.make is None else {**members, **rule.make(original)}
 
 
 def rule_key(name: str) -> Key:
@@ -60,6 +69,13 @@ SEQUENCE_KEY: Key = ("sequence", "")
 
 def _sequence(self: nn.Sequential, input: Any) -> Any:
     return chain(self, input, tuple(self._modules))
+
+
+def center_key(convention: str) -> Key:
+    return "center", convention
+
+
+recognise_center_loss = _center_loss.recognise
 
 
 def is_sequence(cls: type) -> bool:
@@ -89,6 +105,6 @@ def class_for_hook(hook: Any) -> type | None:
 
 
 __all__ = [
-    "FAMILIES", "RULES", "SEQUENCE_KEY", "block_key", "class_for", "class_for_hook", "is_sequence", "live_spans",
-    "rule_key", "rule_of", "unknown_forward",
+    "FAMILIES", "RULES", "SEQUENCE_KEY", "block_key", "center_key", "class_for", "class_for_hook", "is_sequence",
+    "live_spans", "recognise_center_loss", "rule_key", "rule_of", "unknown_forward",
 ]  # fmt: skip

@@ -31,17 +31,19 @@ class Rule:
     """How the modules of one class are swapped.
 
     family: what `include` names.
-    forward: forward(self, ...) of the fused class; calls `super(Fused, self).forward` for what it does not serve.
+    forward: forward(self, ...) of the fused class; calls `super(Fused, self).forward` for what it does not serve. None
+        where it stays.
     fingerprints: of the forward passes that it stands for; a class with another one is refused. Empty: any.
     check: why a module of this class is not swapped, in a few words; "" when it is.
-    members: what else the fused class has.
+    members, make: what else the fused class has, whatever the original, and made from the original.
     """
 
     family: str
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None
     fingerprints: frozenset[str] = frozenset()
     check: Callable[[nn.Module], str] = never
     members: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[type], dict[str, Any]] | None = None
 
 
 class _Bare(ast.NodeTransformer):
