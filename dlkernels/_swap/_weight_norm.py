@@ -25,6 +25,8 @@ def _fused_weight(v: Tensor, g: Tensor, dim: Any) -> Tensor | None:
     """g v / ||v||; None for what torch is to compute, or to complain about."""
     if g.dtype != v.dtype or (v.dtype in _HALF and torch.is_autocast_enabled(v.device.type)):
         return None  # where autocast takes the norm in float32, so may torch's result be
+    if not v.is_contiguous():
+        return None  # the layout of torch's result is that of v for some `dim` only, and a convolution follows it
     fast = None if torch.compiler.is_compiling() else _backend.fast(v)
     if fast is not None:
         w = fast.weight_norm(v, g, dim)
