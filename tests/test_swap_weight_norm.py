@@ -234,6 +234,14 @@ def test_compile_and_export() -> None:
     compare({name.replace("_orig_mod.", ""): t for name, t in whole.items()}, results(layer, x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_torchs() -> None:
+    layer, x = made(parametrizations.weight_norm, "Conv1d")
+    traced = torch.jit.trace(swapped(layer), (x,), check_trace=False)
+    assert "_weight_norm" in str(traced.inlined_graph) and "dlkernels::" not in str(traced.inlined_graph)
+    assert torch.equal(traced(x), layer(x))
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = parametrizations._WeightNorm(0)
     norm.dim = 0.0

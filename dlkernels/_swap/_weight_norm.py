@@ -27,7 +27,11 @@ def _fused_weight(v: Tensor, g: Tensor, dim: Any) -> Tensor | None:
         return None  # where autocast takes the norm in float32, so may torch's result be
     if not v.is_contiguous():
         return None  # the layout of torch's result is that of v for some `dim` only, and a convolution follows it
-    fast = None if torch.compiler.is_compiling() else _backend.fast(v)
+    fast = None
+    if not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None:
+            return None  # a traced file is to be read without us
+        fast = _backend.fast(v)
     if fast is not None:
         w = fast.weight_norm(v, g, dim)
         if w is not None:

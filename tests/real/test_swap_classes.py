@@ -490,6 +490,13 @@ def test_compile_and_export(name: str) -> None:
     assert torch.allclose(compiled(x), module(x), atol=1e-5) and ops(graphs[-1]) == 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_the_originals() -> None:
+    module, x = made("timm"), input_of("timm", TWO[0], dtype=torch.float32)
+    traced = torch.jit.trace(swapped(module), (x,), check_trace=False)
+    assert "dlkernels::" not in str(traced.inlined_graph) and torch.equal(traced(x), module(x))
+
+
 def test_transforms_of_torch_func() -> None:
     fused, module = swapped(made("timm").double()), made("timm").double()
     parameters = dict(module.named_parameters())
