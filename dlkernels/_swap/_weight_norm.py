@@ -27,6 +27,8 @@ def _fused_weight(v: Tensor, g: Tensor, dim: Any) -> Tensor | None:
         return None  # where autocast takes the norm in float32, so may torch's result be
     if not v.is_contiguous():
         return None  # the layout of torch's result is that of v for some `dim` only, and a convolution follows it
+    if dim == 1 and v.dim() == 2 and v.device.type == "cpu":
+        return None  # the columns of a matrix, where torch's CPU kernel is the faster one
     fast = None
     if not torch.compiler.is_compiling():
         if torch._C._get_tracing_state() is not None:
