@@ -12,7 +12,7 @@ from ._swap import _families as families
 from ._swap._activations import qualified
 from ._swap._chains import spans
 from ._swap._classes import Fused, original_of
-from ._swap._refusals import refuse_model, stranger
+from ._swap._refusals import refuse_wrapped, stranger
 from ._swap._report import SwapReport
 
 __all__ = ["SwapReport", "swap", "unswap"]
@@ -61,9 +61,10 @@ def swap(
             f"`model` must be an nn.Module, got {type(model).__name__}: pass the module that has the layers"
         )
     wanted = _included(include)
-    refuse_model(model)
+    modules = list(model.named_modules())
+    refuse_wrapped(modules)
     plan = _Plan(wanted, filter_fn)
-    plan.read(model)
+    plan.read(modules)
     if strict and plan.skipped:
         path, name, reason = plan.skipped[0]
         more = f" (and {len(plan.skipped) - 1} more)" if len(plan.skipped) > 1 else ""
@@ -105,14 +106,15 @@ class _Plan:
         self.wanted, self.filter = wanted, filter_fn
         self.changes: list[tuple[str, Any, type, str]] = []  # path, module, its new class, what it does
         self.skipped: list[tuple[str, str, str]] = []
+        self._strangers: list[tuple[str, type, str]] = []
         self._starts: dict[int, str] = {}  # modules that can take along what follows them
 
-    def read(self, model: nn.Module) -> None:
-        modules = list(model.named_modules())
+    def read(self, modules: list[tuple[str, nn.Module]]) -> None:
         rest = [(path, module) for path, module in modules if not self._leaf(path, module)]
         for path, module in rest:
             if any(id(child) in self._starts for child in module._modules.values()):
                 self._block(path, module)
+        self._report_strangers()
 
     def _leaf(self, path: str, module: nn.Module) -> bool:
         """Plan for a module by itself; whether there is nothing else to be done about it."""
@@ -130,7 +132,7 @@ class _Plan:
         if found is None:
             family, reason = stranger(cls)
             if family in self.wanted and self._accepted(module, path):
-                self._skip(path, cls, reason)
+                self._strangers.append((path, cls, reason))
             return False
         name, rule = found
         if rule.family not in self.wanted or not self._accepted(module, path):
@@ -148,10 +150,17 @@ class _Plan:
 
     def _center_loss(self, path: str, module: nn.Module) -> bool:
         """Plan for a center loss, which is known by what it computes; whether it looks like one."""
+        if module._modules or not any(
+            "centers" in held for held in (module._parameters, module._buffers, vars(module))
+        ):
+            return False
         cls = type(module)
         named = "centerloss" in cls.__name__.lower()
-        alike = not module._modules and hasattr(module, "centers") and not cls.__module__.startswith("dlkernels.")
-        if not alike or "center_loss" not in self.wanted or not self._accepted(module, path):
+        if (
+            cls.__module__.startswith("dlkernels.")
+            or "center_loss" not in self.wanted
+            or not self._accepted(module, path)
+        ):
             return False
         recognised = families.recognise_center_loss(module)
         if isinstance(recognised, str):
@@ -181,6 +190,13 @@ class _Plan:
         if found:
             new = families.class_for(cls, families.block_key(found))
             self.changes.append((path, module, new, "; ".join(" + ".join(names) for *_, names in found)))
+
+    def _report_strangers(self) -> None:
+        """Classes that only look like ours, but for those that hold what they are called after and is swapped."""
+        for path, cls, reason in self._strangers:
+            inside = f"{path}." if path else ""
+            if not any(changed.startswith(inside) for changed, *_ in self.changes):
+                self._skip(path, cls, reason)
 
     def _instance(self, module: nn.Module) -> str:
         return "it has a forward of its own, set on the instance" if "forward" in module.__dict__ else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -28,20 +28,24 @@ _WRAPPERS = (
 )
 
 
-def refuse_model(model: nn.Module) -> None:
+def refuse_wrapped(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise for a model that is wrapped, compiled or scripted, whole or in part."""
-    wrappers: list[tuple[Any, str, str]] = []
+    wrappers: dict[type, tuple[str, str]] = {}
     for module, name, what, way in _WRAPPERS:
         cls = getattr(sys.modules.get(module), name, None)
         if cls is not None:
-            wrappers.append((cls, what, way))
-    for path, module in model.named_modules():
-        where = f"`model.{path}`" if path else "`model`"
-        for cls, what, way in wrappers:
-            if isinstance(module, cls):
-                raise ValueError(f"{where} is {what}: swap the model first, then give it to {way}")
+            wrappers[cls] = what, way
+    classes = tuple(wrappers)
+    for path, module in modules:
+        if isinstance(module, classes):
+            what, way = next(wrappers[cls] for cls in classes if isinstance(module, cls))
+            raise ValueError(f"{_where(path)} is {what}: swap the model first, then give it to {way}")
         if module._compiled_call_impl is not None:
-            raise ValueError(f"{where} is compiled by module.compile(): swap the model first, then compile it")
+            raise ValueError(f"{_where(path)} is compiled by module.compile(): swap the model first, then compile it")
+
+
+def _where(path: str) -> str:
+    return f"`model.{path}`" if path else "`model`"
 
 
 _FAMILY_OF_NAMES = {
