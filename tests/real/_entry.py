@@ -32,7 +32,7 @@ class Entry:
         inputs: dtype and generator -> args and kwargs of its forward.
         swapped: the number of modules swapped by family.
         refused: a piece of the reason -> the number of modules refused for it.
-        calls: how often each of our forward operators is called.
+        calls: how often each of our operators is called by a forward pass in train mode, and with what else in it.
         training: its losses exist in train mode only (BatchNorm stays in eval mode).
         seed: of the parameters: one with which no ReLU is dead.
         bfloat16: whether its forward takes bfloat16 at all.

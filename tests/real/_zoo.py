@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from _entry import Entry, Inputs
+from _expected import EXPECTED
 from torch import nn
 
 ZOO: dict[str, Entry] = {}
@@ -21,7 +22,7 @@ def model(library: str, inputs: Inputs, **options: Any) -> Callable[[Callable[[]
     def register(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         name = build.__name__
         assert name not in ZOO, name
-        ZOO[name] = Entry(name, library, build, inputs, **options)
+        ZOO[name] = Entry(name, library, build, inputs, **EXPECTED.get(name, {}), **options)
         return build
 
     return register
