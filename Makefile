@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu | lint     each sets up all that it needs
+# make demo | test | test-real | bench | gpu | lint     each sets up all that it needs
 #
 # Without PYTHON, everything runs in .venv, made from python3. With PYTHON=..., that interpreter is used as it is:
 # nothing is installed, only the compiled part is built.
@@ -18,7 +18,7 @@ export PYTHONPATH := $(CURDIR)
 MAX_JOBS ?= 2
 export MAX_JOBS
 
-.PHONY: demo test test-python test-interpreter test-cuda-host bench gpu lint format build clean help
+.PHONY: demo test test-python test-interpreter test-cuda-host test-real bench gpu lint format build clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,7 +42,7 @@ test: test-python test-interpreter test-cuda-host
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 
 test-python: build
-	$(PYTEST) tests --ignore tests/triton_kernels --ignore tests/cuda_host
+	$(PYTEST) tests --ignore tests/triton_kernels --ignore tests/cuda_host --ignore tests/real
 
 test-interpreter: build
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels
@@ -53,6 +53,24 @@ test-cuda-host: build
 	rm -f build/cuda_host/report.*
 	twin=$$($(PY) tests/cuda_host/_twin.py --env) && eval "$$twin" && export TRITON_INTERPRET=1 DLKERNELS_REQUIRE=twin,interpreter && \
 	  $(PYTEST) tests/cuda_host && $(PYTEST) tests/ops -k cuda || { cat build/cuda_host/report.* 2>/dev/null; exit 1; }
+
+# Models of other people's libraries, in an environment of their own. torch and triton first, then always under their
+# constraint: torchvision alone would bring another torch.
+.venv-real/ready: .ci/requirements-real.txt Makefile
+	python3 -m venv .venv-real
+	printf 'torch==$(TORCH)\ntriton==$(TRITON)\n' > .venv-real/constraints.txt
+	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) triton==$(TRITON)
+	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-real/constraints.txt -r .ci/requirements-real.txt
+	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dynamic-network-architectures==0.4.4
+	touch $@
+
+ifeq ($(origin PYTHON),undefined)
+test-real: PY := $(CURDIR)/.venv-real/bin/python
+test-real: .venv-real/ready
+endif
+test-real:
+	$(PY) setup.py --quiet build_ext --inplace
+	DLKERNELS_REQUIRE=real,cpp $(PYTEST) tests/real
 
 bench: build
 	$(PY) -m pytest benchmarks

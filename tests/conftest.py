@@ -45,6 +45,12 @@ def _without_hosts() -> str:
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
+def _without_real() -> str:
+    names = ("timm", "torchvision", "transformers", "diffusers", "monai", "segmentation_models_pytorch")
+    missing = [name for name in (*names, "dynamic_network_architectures") if _without(name)]
+    return f"not installed: {', '.join(missing)}; `make test-real` has an environment for it" if missing else ""
+
+
 # What a check may need -> the reason why it is missing, or "".
 NEEDS: dict[str, Callable[[], str]] = {
     "cpp": lambda: _backend.C_MISSING,
@@ -55,6 +61,7 @@ NEEDS: dict[str, Callable[[], str]] = {
     "compiler": lambda: "" if shutil.which("g++") or shutil.which("c++") else "no C++ compiler is on PATH",
     "hypothesis": lambda: _without("hypothesis"),
     "hosts": _without_hosts,
+    "real": _without_real,
     "twin": lambda: _backend.cuda_missing("cpu"),
 }
 
