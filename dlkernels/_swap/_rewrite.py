@@ -24,12 +24,13 @@ import copy
 import inspect
 import linecache
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ._activations import activation_of_call
 from ._rules import parse
+from ._syntax import binds, bodies, film_of, is_constant, is_simple, tagged
 
 CHAIN = "__dk_chain"
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -57,11 +58,14 @@ class Step:
 
 @dataclass
 class Chain:
-    """Steps that follow each other: positions in their list of statements, and all operations with their step's."""
+    """Steps that follow each other, or an expression inside of a statement.
 
-    body: list[ast.stmt]
-    first: int
+    put(a, b, target, value) replaces steps a to b by one statement, or the expression by a value.
+    """
+
+    first: int  # statement in its list
     steps: list[Step]
+    put: Callable[[int, int, str | None, ast.expr], None]
 
     def operations(self) -> list[tuple[int, Operation]]:
         return [(k, op) for k, step in enumerate(self.steps) for op in step.operations]
@@ -107,16 +111,36 @@ class Source:
         for position, statement in enumerate(body):
             step = self._step(statement)
             if steps and (step is None or not _follows(step, steps[-1])):
-                self.chains.append(Chain(body, first, steps))
+                self.chains.append(Chain(first, steps, _statements(body, first)))
                 steps = []
+            self._look_inside(statement if step is None else step.base)
             if step is not None:
                 if not steps:
                     first = position
                 steps.append(step)
-            for inner in _bodies(statement):
+            for inner in bodies(statement):
                 self._visit(inner)
         if steps:
-            self.chains.append(Chain(body, first, steps))
+            self.chains.append(Chain(first, steps, _statements(body, first)))
+
+    def _look_inside(self, node: ast.AST) -> None:
+        """Chains in the expressions of a statement, or in what a step starts from."""
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            return
+        for name, value in ast.iter_fields(node):
+            values = value if isinstance(value, list) else [value]
+            for k, x in enumerate(values):
+                if isinstance(x, ast.expr):
+                    base, operations = self._value(x, None)
+                    if len(operations) > 1 and not binds(base):
+                        put = _expression(
+                            values if isinstance(value, list) else node, k if isinstance(value, list) else name
+                        )
+                        self.chains.append(Chain(0, [Step(None, base, operations)], put))
+                        x = base
+                    self._look_inside(x)
+                elif isinstance(x, ast.AST) and not isinstance(x, ast.stmt):
+                    self._look_inside(x)
 
     def _sink(self, body: list[ast.stmt]) -> None:
         """Take what follows an `if` whose branches end in a step of the same variable into the branches."""
@@ -168,10 +192,10 @@ class Source:
             target, r = statement.target, statement.value
             if isinstance(target, ast.Name) and isinstance(r, ast.Name) and r.id != target.id:
                 base = ast.Name(target.id, ast.Load())
-                step = Step(target.id, base, [Operation(f"+= {r.id}", ("iadd",), _tuple("iadd", r), None)])
+                step = Step(target.id, base, [Operation(f"+= {r.id}", ("iadd",), tagged("iadd", r), None)])
         elif isinstance(statement, ast.If):
             step = self._optional(statement)
-        return step if step is not None and step.operations and not _binds(step.base) else None
+        return step if step is not None and step.operations and not binds(step.base) else None
 
     def _optional(self, statement: ast.If) -> Step | None:
         """`if self.name is not None: x = self.name(x)`."""
@@ -180,14 +204,14 @@ class Source:
             return None
         name = self._attribute(test.left)
         isnt = len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot)
-        if name is None or not isnt or not _is_constant(test.comparators[0], None):
+        if name is None or not isnt or not is_constant(test.comparators[0], None):
             return None
         step = self._step(statement.body[0])
         if step is None or [op.name for op in step.operations] != [name] or step.target is None:
             return None
         if not isinstance(step.base, ast.Name) or step.base.id != step.target:
             return None
-        return Step(step.target, step.base, [Operation(f"?{name}", ("?", name), _tuple("?", ast.Constant(name)), None)])
+        return Step(step.target, step.base, [Operation(f"?{name}", ("?", name), tagged("?", ast.Constant(name)), None)])
 
     def _attribute(self, node: ast.expr) -> str | None:
         """The name in `self.name`."""
@@ -222,7 +246,7 @@ class Source:
         return Operation(
             f"{activation}()",
             ("fn",),
-            _tuple("fn", node.func, given),
+            tagged("fn", node.func, given),
             lambda x: ast.Call(node.func, [x], node.keywords),
         )
 
@@ -241,13 +265,13 @@ class Source:
 
     def _sum(self, node: ast.BinOp, target: str | None) -> tuple[ast.expr, list[Operation]]:
         left, right = node.left, node.right
-        film = _film(left)
-        if film is not None and _is_simple(right):
+        film = film_of(left)
+        if film is not None and is_simple(right):
             base, operations = self._value(film[0], target)
             text = f"* (1 + {ast.unparse(film[1])}) + {ast.unparse(right)}"
             factor = node.left.right if node.left.left is film[0] else node.left.left
             nest = lambda y: ast.BinOp(ast.BinOp(y, ast.Mult(), factor), ast.Add(), right)  # noqa: E731
-            return base, [*operations, Operation(text, ("film",), _tuple("film", film[1], right), nest)]
+            return base, [*operations, Operation(text, ("film",), tagged("film", film[1], right), nest)]
         for kind, x, r in (("add", left, right), ("radd", right, left)):
             if not isinstance(r, ast.Name):
                 continue
@@ -256,7 +280,7 @@ class Source:
                 add = Operation(
                     f"{kind} {r.id}",
                     (kind,),
-                    _tuple(kind, r),
+                    tagged(kind, r),
                     lambda y, kind=kind, r=r: (
                         ast.BinOp(y, ast.Add(), r) if kind == "add" else ast.BinOp(r, ast.Add(), y)
                     ),
@@ -307,11 +331,25 @@ def _merge(chain: Chain, spans: list[tuple[int, int]], self_name: str) -> None:
             else:
                 value = operations[n][1].nest(value)
                 n += 1
-        target = chain.steps[b].target
-        statement: ast.stmt = ast.Return(value)
-        if target is not None:
-            statement = ast.Assign([ast.Name(target)], value)
-        chain.body[chain.first + a : chain.first + b + 1] = [statement]
+        chain.put(a, b, chain.steps[b].target, value)
+
+
+def _statements(body: list[ast.stmt], first: int) -> Callable[[int, int, str | None, ast.expr], None]:
+    def put(a: int, b: int, target: str | None, value: ast.expr) -> None:
+        statement = ast.Return(value) if target is None else ast.Assign([ast.Name(target)], value)
+        body[first + a : first + b + 1] = [statement]
+
+    return put
+
+
+def _expression(holder: Any, place: Any) -> Callable[[int, int, str | None, ast.expr], None]:
+    def put(a: int, b: int, target: str | None, value: ast.expr) -> None:
+        if isinstance(holder, list):
+            holder[place] = value
+        else:
+            setattr(holder, place, value)
+
+    return put
 
 
 def compiled(tree: ast.FunctionDef, function: Any, names: dict[str, Any], cls: Any) -> Any:
@@ -342,50 +380,3 @@ def _follows(step: Step, previous: Step) -> bool:
     if v is None or not isinstance(step.base, ast.Name) or step.base.id != v or step.target not in (v, None):
         return False
     return not any(isinstance(n, ast.Name) and n.id == v for op in step.operations for n in ast.walk(op.node))
-
-
-def _bodies(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
-    """The lists of statements inside of one, but for those of other functions."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return
-    for name in ("body", "orelse", "finalbody"):
-        if getattr(statement, name, None):
-            yield getattr(statement, name)
-    for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-        yield part.body
-
-
-def _binds(node: ast.expr) -> bool:
-    return any(isinstance(n, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom) for n in ast.walk(node))
-
-
-def _is_constant(node: ast.expr, value: Any) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
-
-
-def _is_one(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == 1
-
-
-def _is_simple(node: ast.expr) -> bool:
-    """A variable, or a view of one: evaluating it earlier changes nothing."""
-    if isinstance(node, ast.Subscript):
-        rest = ast.walk(node.slice)
-        return isinstance(node.value, ast.Name) and not any(isinstance(n, ast.Name | ast.Call) for n in rest)
-    return isinstance(node, ast.Name)
-
-
-def _film(node: ast.expr) -> tuple[ast.expr, ast.expr] | None:
-    """x and s of x * (1 + s), with the factors in either order."""
-    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
-        return None
-    for x, factor in ((node.left, node.right), (node.right, node.left)):
-        if isinstance(factor, ast.BinOp) and isinstance(factor.op, ast.Add):
-            for one, s in ((factor.left, factor.right), (factor.right, factor.left)):
-                if _is_one(one) and _is_simple(s):
-                    return x, s
-    return None
-
-
-def _tuple(kind: str, *nodes: ast.expr) -> ast.expr:
-    return ast.Tuple([ast.Constant(kind), *nodes], ast.Load())
