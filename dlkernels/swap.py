@@ -189,7 +189,7 @@ class _Plan:
         found = families.live_spans(module, self._starts)
         if found:
             new = families.class_for(cls, families.block_key(found))
-            self.changes.append((path, module, new, "; ".join(" + ".join(names) for *_, names in found)))
+            self.changes.append((path, module, new, "; ".join(dict.fromkeys(", ".join(names) for *_, names in found))))
 
     def _report_strangers(self) -> None:
         """Classes that only look like ours, but for those that hold what they are called after and is swapped."""

@@ -457,7 +457,7 @@ def test_report() -> None:
     report = dk.swap(model)
     text = str(report)
     assert text.startswith("swapped 10 modules (4 blocks, 6 group_norm), left 1")
-    for part in ("blocks.*.norm1 x 2", "GroupNorm (torch)", "FusedBlock: norm1 + act", "left: a subclass of GroupNorm"):
+    for part in ("blocks.*.norm1 x 2", "GroupNorm (torch)", "FusedBlock: norm1, act", "left: a subclass of GroupNorm"):
         assert part in text
     out = json.loads(json.dumps(report.to_dict()))
     assert len(out["swapped"]) == 10 and out["skipped"][0][0] == "extra" and out["counts"]["blocks"] == 4

@@ -278,7 +278,7 @@ class Source:
             base, operations = self._value(x, target)
             if operations or (isinstance(x, ast.Name) and x.id == target != r.id):
                 add = Operation(
-                    f"{kind} {r.id}",
+                    f"+ {r.id}" if kind == "add" else f"{r.id} +",
                     (kind,),
                     tagged(kind, r),
                     lambda y, kind=kind, r=r: (
