@@ -271,3 +271,14 @@ def test_inference_mode(name: str) -> None:
     _, theirs, ours = pair(name)
     with torch.inference_mode():
         assert_close(output(name, ours), output(name, theirs))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_named_as_before(name: str) -> None:
+    """Modules are chosen by the names of their classes: what FSDP wraps, what a device map keeps whole."""
+    _, theirs, ours = pair(name)
+    for a, b in zip(ours.modules(), theirs.modules(), strict=True):
+        for part in ("__name__", "__qualname__", "__module__"):
+            assert getattr(type(a), part) == getattr(type(b), part)
+        assert (type(a) is type(b)) == (not a._get_name().startswith("Fused"))
+    assert "Fused" in repr(ours)
