@@ -11,7 +11,7 @@ from torch import nn
 from ._swap import _families as families
 from ._swap._activations import qualified
 from ._swap._chains import spans
-from ._swap._classes import Fused, original_of
+from ._swap._classes import Fused, fused_name, original_of
 from ._swap._refusals import refuse_wrapped, stranger
 from ._swap._report import SwapReport
 
@@ -213,5 +213,5 @@ class _Plan:
             old = type(x)
             x.__class__ = new
             undo.append((weakref.ref(x), old, new))
-            swapped.append((path, qualified(old), new.__name__, what))
+            swapped.append((path, qualified(old), fused_name(old), what))
         return SwapReport(swapped, self.skipped, undo)

@@ -172,7 +172,7 @@ def test_copies(copied: Callable[[Any], Any]) -> None:
     report = dk.swap(model)
     twin = copied(model)
     report.undo()
-    assert [type(m).__name__ for m in twin.modules()].count("FusedBlock") == 2
+    assert [m._get_name() for m in twin.modules()].count("FusedBlock") == 2
     same(twin, reference, *batch())
     assert dk.unswap(twin) == 10
     assert [type(m) for m in twin.modules()] == [type(m) for m in reference.modules()]
@@ -302,7 +302,7 @@ def test_global_hooks_see_all_modules() -> None:
     model = Block()
     dk.swap(model)
     seen: list[str] = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m._get_name()))
     try:
         model(torch.randn(2, 8, 4, 4))
     finally:

@@ -17,15 +17,22 @@ Key = tuple[Any, ...]  # what a class is made from beside the original: (family,
 
 
 class Fused:
-    """First base of all of them. `super(Fused, self).forward` is the original."""
+    """First base of all of them. `super(Fused, self).forward` is the original.
+
+    Each has the name and module of its original: libraries write them into files (save_pretrained, the index of a
+    pipeline) and choose modules by them (what FSDP wraps, what a device map keeps whole). What is printed says Fused.
+    """
 
     _dlkernels_original: type
     _dlkernels_key: Key
 
+    def _get_name(self) -> str:
+        return fused_name(self._dlkernels_original)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, args, *rest = super().__reduce_ex__(protocol)
         if args[:1] != (type(self),):
-            raise TypeError(f"{type(self).__name__} cannot be pickled: `report.undo()` first")
+            raise TypeError(f"{fused_name(type(self))} cannot be pickled: `report.undo()` first")
         return (_rebuild, (self._dlkernels_original, self._dlkernels_key, *args[1:]), *rest)
 
 
@@ -34,6 +41,11 @@ def _rebuild(original: type, key: Key, *args: Any) -> Any:
 
     cls = class_for(original, key)
     return cls.__new__(cls, *args)
+
+
+def fused_name(original: type) -> str:
+    """What reports and printed models call the class that a module of this class gets."""
+    return f"Fused{original.__name__}"
 
 
 _MADE: dict[tuple[type, Key], type] = {}
@@ -48,9 +60,10 @@ def fused(original: type, key: Key, members: Callable[[], dict[str, Any]]) -> ty
             "_dlkernels_original": original,
             "_dlkernels_key": key,
             "__doc__": original.__doc__,
-            "__module__": __name__,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
         }
-        cls = _MADE[original, key] = type(f"Fused{original.__name__}", (Fused, original), namespace)
+        cls = _MADE[original, key] = type(original.__name__, (Fused, original), namespace)
     return cls
 
 

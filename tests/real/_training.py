@@ -39,6 +39,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Entry, nn.Modul
 def loss(entry: Entry, model: nn.Module, seed: int, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
     """Of a batch of its own; what draws starts from the same seed."""
     args, kwargs = entry.inputs(dtype, torch.Generator().manual_seed(seed))
+    args[0].requires_grad_()  # for reentrant checkpoints around the first block
     torch.manual_seed(seed)
     return loss_of(model(*args, **kwargs, **options))
 
