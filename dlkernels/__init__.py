@@ -5,6 +5,8 @@ import torch  # noqa: F401  (before _C: the extension links against libtorch)
 from . import nn, ops, optim
 from ._backend import backend
 from ._info import build_info
+from ._patterns.registration import register as _register
+from ._patterns.report import compile_report
 from ._version import __version__
 from .ops import (
     center_loss,
@@ -27,6 +29,7 @@ __all__ = [
     "backend",
     "build_info",
     "center_loss",
+    "compile_report",
     "cross_entropy",
     "gccs_loss",
     "group_norm",
@@ -43,3 +46,5 @@ __all__ = [
     "update_centers_",
     "weight_norm",
 ]
+
+_register()  # the backend of torch.compile, where no installed metadata names it
