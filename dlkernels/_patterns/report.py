@@ -78,13 +78,18 @@ class CompileReport:
     def __str__(self) -> str:
         from ..cli import print_table
 
-        rows = []
+        rows: list[list[Any]] = []
         for graph in self.graphs:
+            alike: dict[tuple[str, ...], list[str]] = {}  # the blocks of one network: a row for all of them
             for find in graph.finds:
-                done = "replaced" if find.replaced else "left"
-                rows.append([graph.number, find.what, find.module, find.line, f"{done}: {find.reason}"])
+                done = f"{'replaced' if find.replaced else 'left'}: {find.reason}"
+                alike.setdefault((find.what, _short(find.line), done), []).append(find.module)
+            for (what, line, done), modules in alike.items():
+                paths = list(dict.fromkeys(module for module in modules if module))
+                several = [*paths[:1], "...", *paths[-1:]] if len(paths) > 2 else paths
+                rows.append([graph.number, len(modules), what, "\n".join(several), line, done])
             if graph.error:
-                rows.append([graph.number, "(whole graph)", "", "", f"left: {graph.error}"])
+                rows.append([graph.number, "", "(whole graph)", "", "", f"left: {graph.error}"])
         nothing = sum(not graph.finds and not graph.error for graph in self.graphs)
         caption = f"{self._count} graphs, {len(self.replaced)} replaced, {len(self.left)} left"
         if nothing:
@@ -93,7 +98,7 @@ class CompileReport:
         with contextlib.redirect_stdout(text):
             print_table(
                 'torch.compile(backend="dlkernels")',
-                [">graph", "found", "module", "line", "what was done"],
+                [">graph", ">times", "found", "module", "line", "what was done"],
                 rows,
                 caption,
             )
@@ -104,6 +109,12 @@ class CompileReport:
 
 
 _REPORT = CompileReport()
+
+
+def _short(line: str) -> str:
+    """A path from its package on, or its last two parts."""
+    _, found, inside = line.rpartition("site-packages/")
+    return inside if found else "/".join(line.split("/")[-2:])
 
 
 def compile_report() -> CompileReport:
