@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 _CONV = "input weight bias stride padding dilation groups"
 _ONE = "input"
@@ -144,14 +144,17 @@ def call_of(node: Any) -> Call | None:
             return None
         args[name] = value
     args["*"] = node.args[len(names) :]
+    if kind == "getitem" and _only_adds_dimensions(args.get("other")):
+        return Call("reshape", args, False)
     if args.get("alpha", 1) != 1 and kind in ("add", "sub", "rsub"):
         return None
     return Call(kind, args, in_place or bool(args.get("inplace", False)))
 
 
-def is_call(node: Any, kind: str) -> bool:
-    call = call_of(node)
-    return call is not None and call.kind == kind
+def _only_adds_dimensions(index: Any) -> bool:
+    """x[:, :, None]"""
+    parts = index if isinstance(index, tuple) else (index,)
+    return None in parts and all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 _CHANGES_FIRST: set[Callable[..., Any]] = {
@@ -192,7 +195,10 @@ def changed_arguments(node: Node) -> list[Any]:
             node.kwargs[a.name] for a, w in zip(names, written) if w and a.name in node.kwargs]  # fmt: skip
     name = getattr(target, "__name__", "")
     module = getattr(target, "__module__", None) or ""
-    if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        body = checkpointed(node)
+        return [] if body is not None and not any(changed_arguments(inner) for inner in body.graph.nodes) else every
+    if isinstance(target, torch._ops.OpOverloadPacket):
         return every
     if name.endswith("_") and not name.endswith("__"):
         return every
@@ -201,6 +207,17 @@ def changed_arguments(node: Node) -> list[Any]:
     known = module in _PLAIN_MODULES or module.startswith(("torch._C", "torch.functional", "torch._tensor"))
     known = known or (module.startswith("torch.") and "autograd" not in module)
     return changed if known else every
+
+
+def checkpointed(node: Node) -> GraphModule | None:
+    """The body of an activation checkpoint."""
+    if node.op != "call_function" or node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    body, owner = node.args[0], node.graph.owning_module
+    if not isinstance(body, Node) or body.op != "get_attr" or owner is None:
+        return None
+    found = getattr(owner, str(body.target), None)
+    return found if isinstance(found, GraphModule) else None
 
 
 _INPLACE_FLAG = {"hardtanh", "relu6", "elu", "selu", "celu", "rrelu", "hardswish", "hardsigmoid", "mish", "threshold",

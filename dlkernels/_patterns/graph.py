@@ -29,6 +29,7 @@ class Match:
     args: tuple[Any, ...]
     shared: list[Node] = field(default_factory=list)  # computed anew by the call; others may use them too
     op: str = ""  # the operator that serves it
+    dense: bool = False  # make the first argument contiguous: the result lies in memory as it does
 
     @property
     def last(self) -> Node:
@@ -173,6 +174,21 @@ def storages(nodes: Iterable[Any]) -> set[int]:
     return every
 
 
+def follow_in_place(graph: Graph) -> None:
+    """Let what reads a tensor after a change in place read the result of that change, which is the same tensor."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        call = call_of(node)
+        if call is None or not call.in_place:
+            continue
+        changed = call.get("input")
+        if not isinstance(changed, Node) or changed.op not in ("call_function", "call_method"):
+            continue
+        for user in list(changed.users):
+            if user.op != "output" and order[user] > order[node]:
+                user.replace_input_with(changed, node)
+
+
 class Facts:
     """What holds for a whole graph, computed once: positions, regions, and what changes which memory."""
 
@@ -192,6 +208,14 @@ class Facts:
             changed = changed_arguments(node)
             if changed:
                 self.changes.append((index, node, storages(changed)))
+
+    def replaced(self, match: Match, call: Node) -> None:
+        """Bring the facts up to date: the call stands where the result stood."""
+        self.position[call], self.region[call] = self.position[match.last], self.region[match.last]
+        for node in match.nodes:
+            del self.position[node], self.region[node]
+        gone = set(match.nodes)
+        self.changes = [change for change in self.changes if change[1] not in gone]
 
     def why_not(self, match: Match) -> str:
         """Empty when the replacement sees and leaves behind what the subgraph did, else the reason."""

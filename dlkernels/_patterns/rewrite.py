@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _backend
 from . import center_loss, cross_entropy, focal_loss, group_norm, measured, squeeze_excite
-from .graph import Facts, Left, Match, same_size, tensor, value, where
+from .calls_of_torch import checkpointed
+from .graph import Facts, Left, Match, follow_in_place, same_size, tensor, value, where
 from .report import Find, GraphFinds
 
 # The larger patterns first: a residual may belong to two of them.
@@ -24,39 +25,40 @@ PATTERNS = {
 }
 
 
-def rewrite(gm: GraphModule, record: GraphFinds, names: list[str], everything: bool) -> int:
-    """Replace in place what is proven to be equal; returns how many. The graph is whole after an error as well."""
-    replaced = 0
+def rewrite(gm: GraphModule, record: GraphFinds, names: list[str], everything: bool) -> None:
+    """Replace in place what is proven to be equal, in the graph and in its activation checkpoints."""
+    for node in gm.graph.nodes:
+        body = checkpointed(node)
+        if body is not None:
+            rewrite(body, record, names, everything)
+    follow_in_place(gm.graph)
+    facts = Facts(gm.graph)
+    before = len(record.finds)
     for name in names:
-        facts = Facts(gm.graph)
         for node in list(gm.graph.nodes):
             if node not in facts.position or node.op not in ("call_function", "call_method"):
                 continue  # part of what has been replaced
-            if _one(gm.graph, node, name, facts, record, everything):
-                replaced += 1
-                facts = Facts(gm.graph)
-    if replaced:
+            _one(gm.graph, node, name, facts, record, everything)
+    if len(record.finds) > before:
         gm.graph.lint()
         gm.recompile()
-    return replaced
 
 
-def _one(graph: Graph, node: Node, name: str, facts: Facts, record: GraphFinds, everything: bool) -> bool:
+def _one(graph: Graph, node: Node, name: str, facts: Facts, record: GraphFinds, everything: bool) -> None:
     what, anchor = name, node
     try:
         match = PATTERNS[name](node, facts)
         if match is None:
-            return False
+            return
         what = match.what
         anchor = match.nodes[0] if name != "squeeze_excite" else node
         _prove(match, facts)
         reason = _decide(match, everything)
     except Left as left:
         record.finds.append(Find(name, what, *where(anchor), False, str(left)))
-        return False
+        return
     record.finds.append(Find(name, what, *where(anchor), True, reason))
-    _replace(graph, match)
-    return True
+    facts.replaced(match, _replace(graph, match))
 
 
 # Proof ----------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,9 @@ def _prove(match: Match, facts: Facts) -> None:
     if expected is None or made.dtype != expected.dtype or made.device != expected.device:
         raise Left(f"the result would be {made.dtype}")
     if not _same_layout(made, expected):
-        raise Left("the result would lie in memory in another order")
+        match.dense = True  # as eager PyTorch makes an input that lies in no known order
+        if not _same_layout(_run(match), expected):
+            raise Left("the result would lie in memory in another order")
 
 
 def _run(match: Match) -> Tensor:
@@ -90,7 +94,8 @@ def _run(match: Match) -> Tensor:
     if len(modes) != 1 or None in modes:
         raise Left("the graph was captured without shapes")
     with modes.pop(), torch.no_grad():
-        return match.function(*(value(a) for a in match.args))
+        first, *rest = (value(a) for a in match.args)
+        return match.function(first.contiguous() if match.dense else first, *rest)
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -127,10 +132,13 @@ def _decide(match: Match, everything: bool) -> str:
 # Replacement ----------------------------------------------------------------------------------------------------------
 
 
-def _replace(graph: Graph, match: Match) -> None:
-    last = match.last
-    with graph.inserting_after(last):
-        call = graph.call_function(match.function, match.args)
+def _replace(graph: Graph, match: Match) -> Node:
+    last, args = match.last, match.args
+    with graph.inserting_before(last):
+        if match.dense:
+            args = (graph.call_method("contiguous", args[:1]), *args[1:])
+            args[0].meta = {key: last.meta[key] for key in ("stack_trace", "nn_module_stack") if key in last.meta}
+        call = graph.call_function(match.function, args)
     call.meta = dict(last.meta)
     last.replace_all_uses_with(call)
     for node in reversed(match.nodes):
@@ -139,3 +147,4 @@ def _replace(graph: Graph, match: Match) -> None:
     for node in reversed(again):
         if not node.users:
             graph.erase_node(node)
+    return call

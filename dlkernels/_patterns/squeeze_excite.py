@@ -89,6 +89,7 @@ def _match(node: Node, call: Call, x: Node, gate: Node, facts: Facts) -> Match |
     branch = _Branch(x)
     read = _gate(branch, gate)
     if read is None:
+        _say_why_not(x, gate)
         return None
     gate_name, layout, layers, hidden = read
     if call.in_place:
@@ -118,6 +119,24 @@ def _match(node: Node, call: Call, x: Node, gate: Node, facts: Facts) -> Match |
          activation[0] if activation else None, layout),
         op="squeeze_excite_fwd",
     )  # fmt: skip
+
+
+def _say_why_not(x: Node, gate: Node) -> None:
+    """Raises Left with what stands between a pool of x and the product, where it has the layers of this block."""
+    node: Any = gate
+    layers, strange = 0, ""
+    for _ in range(SEARCHED):
+        if any(_pool(_Branch(x), node, layout) for layout in ("channels_first", "channels_last")):
+            if layers:
+                raise Left(strange or "its layers are no plain 1x1 convolutions")
+            return
+        call = call_of(node)
+        if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+            return
+        layers += call is not None and call.kind in ("conv", "linear")
+        if call is None or call.kind not in (*GATES, *HIDDEN, "conv", "linear", "reshape", "expand"):
+            strange = f"`{node.name}` between the pool and the product"
+        node = next((a for a in node.args if isinstance(a, Node)), None)
 
 
 def _gate(branch: _Branch, gate: Any) -> tuple[str, str, list[tuple[Any, Any]], str] | None:

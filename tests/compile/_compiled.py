@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dlkernels as dk
-import dlkernels.compile  # noqa: F401  (in a checkout, what names the backend to torch.compile)
+import dlkernels.compile  # in a checkout, this names the backend to torch.compile
 
 TOLERANCE = 1e-12
 
@@ -63,7 +63,9 @@ def relative(made: Tensor, expected: Tensor) -> float:
     return ((made - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def assert_equal(function: Callable[..., Any], made: Callable[..., Any], args: Sequence[Any], limit: float = TOLERANCE) -> None:
+def assert_equal(
+    function: Callable[..., Any], made: Callable[..., Any], args: Sequence[Any], limit: float = TOLERANCE
+) -> None:
     """Outputs, gradients in every input and parameter, and changes of inputs."""
     sides = []
     for call in (function, made):
