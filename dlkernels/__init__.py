@@ -4,6 +4,7 @@ import torch  # noqa: F401  (before _C: the extension links against libtorch)
 
 from . import nn, ops, optim
 from ._backend import backend
+from ._hf_kernels import register_with_hf_kernels
 from ._info import build_info
 from ._patterns.registration import register as _register
 from ._patterns.report import compile_report
@@ -23,8 +24,11 @@ from .ops import (
     update_centers_,
     weight_norm,
 )
+from .optim import restore_optimizer, swap_optimizer
+from .swap import SwapReport, swap, unswap
 
 __all__ = [
+    "SwapReport",
     "__version__",
     "backend",
     "build_info",
@@ -38,11 +42,16 @@ __all__ = [
     "ops",
     "optim",
     "region_biased_loss",
+    "register_with_hf_kernels",
+    "restore_optimizer",
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "sparse_center_loss",
     "squeeze_excite",
     "stochastic_depth",
+    "swap",
+    "swap_optimizer",
+    "unswap",
     "update_centers_",
     "weight_norm",
 ]

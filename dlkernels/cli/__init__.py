@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import sys
 import tempfile
 import warnings
@@ -82,6 +84,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False).print(table)
     if caption:
         print(caption)
+
+
+def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """What `print_table` prints, without colours."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        print_table(title, columns, rows, caption)
+    return text.getvalue().rstrip("\n")
 
 
 def _plain_table(title: str, names: list[str], right: list[bool], rows: list[list[str]], caption: str) -> None:

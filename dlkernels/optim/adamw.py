@@ -146,6 +146,13 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
     def _counts(self) -> bool:
         return True
 
+    def _init_group(self, *args: Any, **kwargs: Any) -> Any:
+        """Only the step of torch's class calls this, kept by somebody from before `swap_optimizer`."""
+        raise RuntimeError(
+            "a step of torch.optim.AdamW was called that had been taken before swap_optimizer: swap before a trainer, "
+            "a wrapper or a variable keeps optimizer.step"
+        )
+
     def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, eps = group["lr"], group["eps"]
         try:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from _hosts import KINDS, Make, assert_trains_alike, flat
 from torch import Tensor, nn
 
+import dlkernels as dk
 from dlkernels import _backend
 from dlkernels.testing import assert_bitwise, assert_within_budget
 
@@ -156,6 +157,24 @@ def shards_make_what_one_process_makes() -> None:
             return [whole(model)]
 
         assert_trains_alike(kind, run)
+
+
+@check
+def swapped_shards_go_on_as_torch_would() -> None:
+    """torch's AdamW on shards, moments and all, becomes ours in the middle of a training."""
+    cases = {"for loop": {}, "foreach": {"foreach": True}, "fused": {"fused": True}, "amsgrad": {"amsgrad": True}}
+    for what, options in cases.items():
+        plain, model = sharded(torch.float64), sharded(torch.float64)
+        before = train(plain, torch.optim.AdamW(plain.parameters(), lr=0.05, **options), range(3))
+        optimizer = train(model, torch.optim.AdamW(model.parameters(), lr=0.05, **options), range(3))
+        assert dk.swap_optimizer(optimizer) is optimizer and type(optimizer) is dk.optim.AdamW
+        train(plain, before, range(3, 6))
+        train(model, optimizer, range(3, 6))
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            moments = [optimizer.state[a][name] for name in optimizer._slots_of(optimizer.param_groups[0])]
+            assert all(x.placements == a.placements for x in moments), what
+            a, b = a.full_tensor(), b.full_tensor()
+            assert (a - b).norm() <= 1e-12 * b.norm(), what
 
 
 @check

@@ -17,6 +17,7 @@ from _hosts import KINDS, Given, Make, assert_trains_alike, flat, gradients
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+import dlkernels as dk
 from dlkernels.testing import assert_bitwise, unmodified
 
 pytestmark = [pytest.mark.needs("hosts"), pytest.mark.filterwarnings("ignore")]
@@ -289,3 +290,44 @@ def test_accelerate_with_a_scaler(kind: str, fused: bool) -> None:
         return model
 
     assert_trains_alike(kind, run)
+
+
+# Swapped while they train ---------------------------------------------------------------------------------------------
+
+
+def swapped_after(steps: int, swapped: list[Any]) -> Make:
+    """torch's AdamW, which becomes ours when it has taken some steps, whoever holds it by then."""
+
+    def make(params: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(params, **options)
+        taken: list[int] = []
+
+        def count(*_: Any) -> None:
+            taken.append(1)
+            if len(taken) == steps:
+                swapped.append(dk.swap_optimizer(optimizer))
+
+        optimizer.register_step_post_hook(count)
+        return optimizer
+
+    return make
+
+
+@pytest.mark.parametrize("host", ["lightning", "lightning, scaled", "trainer", "accelerate"])
+def test_swapped_in_the_middle(host: str, tmp_path: Path) -> None:
+    """Each trainer goes on with the object that it has, its schedule, its clipping and its scaler."""
+    options, swapped = KINDS["adamw"].options, []
+
+    def run(make: Make, dtype: torch.dtype) -> Any:
+        if make is KINDS["adamw"].ours:
+            make = swapped_after(3, swapped)
+        if host.startswith("lightning"):
+            more = {"plugins": scaled(), "bad": 2} if "scaled" in host else {}
+            return lightning_fit(make, dtype, options, gradient_clip_val=0.5, **more)
+        if host == "trainer":
+            return hugging_face(make, dtype, {**options, "weight_decay": 0.1}, tmp_path, False)
+        return accelerated(make, dtype, options)
+
+    _, _ = assert_trains_alike("adamw", run)
+    assert len(swapped) == 1 and type(swapped[0]) is dk.optim.AdamW
+    assert {float(s["step"]) for s in swapped[0].state.values()} == {STEPS - 1.0 if "scaled" in host else STEPS}

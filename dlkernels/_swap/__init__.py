@@ -1,0 +1,1 @@
+"""How `dlkernels.swap` changes modules: rules per family, classes made from theirs, forward passes rewritten."""
