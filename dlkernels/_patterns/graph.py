@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -258,7 +259,7 @@ def where(node: Node) -> tuple[str, str]:
     if stack:
         path = _module_path(str(list(stack.values())[-1][0]))
     line = ""
-    folder = torch.__path__[0]
+    folder = f"{torch.__path__[0]}{os.sep}"
     for text in (node.meta.get("stack_trace") or "").splitlines():
         text = text.strip()
         if text.startswith('File "'):
@@ -270,7 +271,7 @@ def where(node: Node) -> tuple[str, str]:
 
 def _module_path(source: str) -> str:
     """L['self'].layer[0]._modules['norm'] -> layer.0.norm"""
-    for old, new in (("._modules[", "."), ("[", "."), ("]", ""), ("'", ""), ('"', "")):
+    for old, new in ((".__dict__['_modules'][", "."), ("._modules[", "."), ("[", "."), ("]", ""), ("'", ""), ('"', "")):
         source = source.replace(old, new)
     parts = [part for part in source.split(".") if part]
     return ".".join(parts[2:] if parts[:1] == ["L"] else parts)

@@ -135,7 +135,7 @@ def _say_why_not(x: Node, gate: Node) -> None:
             return
         layers += call is not None and call.kind in ("conv", "linear")
         if call is None or call.kind not in (*GATES, *HIDDEN, "conv", "linear", "reshape", "expand"):
-            strange = f"`{node.name}` between the pool and the product"
+            strange = f"`{getattr(node.target, '__name__', node.target)}` between the pool and the product"
         node = next((a for a in node.args if isinstance(a, Node)), None)
 
 
