@@ -180,8 +180,8 @@ def changed_arguments(node: Node) -> list[Any]:
     call = call_of(node)
     if node.kwargs.get("inplace") is True or (call is not None and call.in_place):
         return [*changed, node.args[0] if node.args else node.kwargs.get("input")]
-    if call is not None and call.get("max_norm") is None:
-        return changed
+    if call is not None:
+        return changed if call.get("max_norm") is None else every
     target: Any = node.target
     if target in _CHANGES_FIRST:
         return [node.args[0]]
@@ -202,7 +202,7 @@ def changed_arguments(node: Node) -> list[Any]:
         return every
     if name.endswith("_") and not name.endswith("__"):
         return every
-    if len(node.args) > 1 and True in node.args and name in _INPLACE_FLAG:
+    if name == "embedding_bag" or (name in _INPLACE_FLAG and True in node.args):
         return every
     known = module in _PLAIN_MODULES or module.startswith(("torch._C", "torch.functional", "torch._tensor"))
     known = known or (module.startswith("torch.") and "autograd" not in module)

@@ -286,6 +286,18 @@ def test_center_near_miss(name: str) -> None:
     check_left(function, leaf(N, D), leaf(3, D, seed=1), reason=reason)
 
 
+def test_centers_that_an_embedding_rescales() -> None:
+    """max_norm changes the rows that are read, in place."""
+
+    def function(x: Tensor, c: Tensor) -> Any:
+        loss = ((x - c[Y]) ** 2).sum()
+        return loss + F.embedding(Y, c, max_norm=0.5).sum()
+
+    made = compiled(function)
+    assert_equal(function, made, (leaf(N, D), 3 * leaf(3, D, seed=1).detach()))
+    assert not found() and any("later" in reason for reason in left())
+
+
 def test_centers_that_move_later() -> None:
     def function(x: Tensor, c: Tensor) -> Any:
         loss = ((x - c[Y]) ** 2).sum()

@@ -241,19 +241,21 @@ def test_an_error_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_inductor_in_training() -> None:
-    """A whole step through Inductor, batch statistics included, in float32."""
-    torch.manual_seed(0)
-    case = CASES["diffusers UNet2DModel scale_shift"]
-    model = randomised(case.make()).float().train()
-    inputs = tuple(a.float() if a.is_floating_point() else a for a in case.inputs())
+    """A block of a diffusion model through Inductor, in float32."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    block = ResnetBlock2D(in_channels=16, temb_channels=8, groups=4, time_embedding_norm="scale_shift")
+    model = randomised(block).float().train()
+    inputs = (normal(2, 16, 8, 8).float(), normal(2, 8).float())
 
     def step(call: Callable[..., Any]) -> list[Tensor]:
-        return torch.autograd.grad(case.output(call(*inputs)).square().mean(), list(model.parameters()))
+        return torch.autograd.grad(call(*inputs).square().mean(), list(model.parameters()))
 
     expected, made = step(model), step(torch.compile(model, backend="dlkernels"))
     difference = torch.cat([(a - b).flatten() for a, b in zip(made, expected)]).norm()
     assert difference <= 1e-4 * torch.cat([e.flatten() for e in expected]).norm()
-    assert len(dk.compile_report().replaced) == sum(case.replaced.values())
+    found = [find.what for find in dk.compile_report().replaced]
+    assert found == ["group_norm + silu", "group_norm + scale and shift + silu"]
 
 
 @pytest.mark.parametrize("name", ["timm resnet50_gn", "torchvision efficientnet_b0"])
@@ -295,7 +297,7 @@ def test_focal_loss(name: str) -> None:
     made = torch.compile(function, backend="dlkernels", options={"then": "aot_eager"})(x, t)
     expected = function(x, t)
     limit = 1e-6 if name == "fvcore" else LIMIT  # which computes in float32
-    assert float((made - expected).norm() / expected.norm()) <= limit
+    assert float((made - expected).detach().norm() / expected.detach().norm()) <= limit
     grads = [torch.autograd.grad(loss.square().sum(), x)[0] for loss in (made, expected)]
     assert float((grads[0] - grads[1]).norm() / grads[1].norm()) <= limit
     assert [find.what for find in dk.compile_report().replaced] == [f"sigmoid_focal_loss, {reduction}"]
