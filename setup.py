@@ -250,6 +250,7 @@ setup(
     package_data={"dlkernels": ["_build_record.json"]},
     include_package_data=False,
     install_requires=["torch>=2.11"],
+    entry_points={"torch_dynamo_backends": ["dlkernels = dlkernels.compile:backend"]},
     extras_require={
         "cli": ["rich", "matplotlib"],
         "demo": ["rich", "matplotlib", "scikit-learn", "monai>=1.6"],

@@ -6,6 +6,8 @@ from . import nn, ops, optim
 from ._backend import backend
 from ._hf_kernels import register_with_hf_kernels
 from ._info import build_info
+from ._patterns.registration import register as _register
+from ._patterns.report import compile_report
 from ._version import __version__
 from .ops import (
     center_loss,
@@ -31,6 +33,7 @@ __all__ = [
     "backend",
     "build_info",
     "center_loss",
+    "compile_report",
     "cross_entropy",
     "gccs_loss",
     "group_norm",
@@ -52,3 +55,5 @@ __all__ = [
     "update_centers_",
     "weight_norm",
 ]
+
+_register()  # the backend of torch.compile, where no installed metadata names it
