@@ -23,8 +23,9 @@ from ._models import Spec
 CHECKED = 3  # steps whose losses are compared
 WARMUP = 2  # more steps of each before the clock runs
 NOISE = 0.01  # a smaller difference is none
-# Relative: the loss before any step, the gradient's norm, the losses after steps. Training amplifies rounding.
-LIMITS = {torch.float32: (1e-4, 1e-2, 2e-2), torch.bfloat16: (2e-2, 0.2, 0.2)}
+# Of the gradient's norm, and of the losses before any step and after each; losses as a share of the first one. Training
+# amplifies rounding: BatchNorm over a few values does so by several orders of magnitude in two steps.
+LIMITS = {torch.float32: (5e-3, 2e-5, 1e-2, 5e-2), torch.bfloat16: (0.1, 1e-2, 0.1, 0.3)}
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,17 @@ def warm_up(candidate: Candidate) -> None:
 
 def disagreement(candidate: Candidate, eager: Candidate, dtype: torch.dtype) -> tuple[float, str]:
     """The largest difference from eager as a share of what is allowed, and in words; above 1 it is a wrong result."""
-    first, gradient, later = LIMITS[dtype]
-    found = [("loss", candidate.losses[0], eager.losses[0], first)]
-    found.append(("norm of the gradient", candidate.norm, eager.norm, gradient))
-    for i, (loss, expected) in enumerate(zip(candidate.losses[1:], eager.losses[1:]), 1):
-        found.append((f"loss after {i} step{'s' if i > 1 else ''}", loss, expected, later))
-    worst, words = 0.0, ""
-    for what, value, expected, limit in found:
-        error = abs(value - expected) / max(abs(expected), 1e-12)
+    found = [("norm of the gradient", candidate.norm, eager.norm, eager.norm)]
+    for i, (loss, expected) in enumerate(zip(candidate.losses, eager.losses)):
+        found.append((f"loss after {i} step{'' if i == 1 else 's'}", loss, expected, eager.losses[0]))
+    worst, words = -1.0, ""
+    for (what, value, expected, size), limit in zip(found, LIMITS[dtype]):
+        error = abs(value - expected) / max(abs(size), 1e-12)
         share = error / limit if math.isfinite(error) else math.inf
-        if share >= worst:
-            worst, words = share, f"{what} {value:.6g}, eager {expected:.6g}: relative difference {error:.1e}"
-    return worst, f"{words}, allowed {LIMITS[dtype]}"
+        if share > worst:
+            worst = share
+            words = f"{what} {value:.6g}, eager {expected:.6g}: relative difference {error:.1e}, allowed {limit:.0e}"
+    return worst, words
 
 
 # The clock ------------------------------------------------------------------------------------------------------------
