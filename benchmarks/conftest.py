@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import guard
+import model_table
 import pytest
 import report
 import timing
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit-results", action="store_true", help="write to benchmarks/results/<device>/, not local/")
     group.addoption("--skip-tests", action="store_true", help="time untested ops; the results say so")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
+    group.addoption("--model-rounds", type=int, default=20, help="steps of every candidate of a model (default: 20)")
+    group.addoption("--model-size", type=int, default=None, help="of the models' inputs (default: each one's own)")
 
 
 class Session:
@@ -68,8 +71,12 @@ class Session:
                 family, case, self.device, self.curve, budget_s=self.config.getoption("--bench-seconds"),
                 compile=not self.config.getoption("--no-compile"), gpu=timing.Cuda() if self.device == "cuda" else None,
             )  # fmt: skip
-        self.records.setdefault(family.name, []).append(record)
+        self.keep(family.name, record)
         return record, samples
+
+    def keep(self, family: str, record: dict[str, Any]) -> None:
+        """A record that was measured elsewhere."""
+        self.records.setdefault(family, []).append(record)
 
     def directory(self) -> Path:
         if os.environ.get("OUT"):
@@ -123,6 +130,12 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Family, C
     return run
 
 
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Add a record to a family's results."""
+    return request.config.stash[SESSION].keep
+
+
 def extra_info(record: dict[str, Any]) -> dict[str, Any]:
     """The numbers that every row of pytest-benchmark's JSON carries."""
     ours = record["candidates"][OURS]
@@ -160,8 +173,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session = config.stash[SESSION]
     for family, records in session.records.items():
         terminalreporter.ensure_newline()
-        document = report.document(family, session.device, records, session.curve if any(
-            not record["refused"] for record in records) else [], session.tests)  # fmt: skip
+        copied = family != model_table.FAMILY and any(not record["refused"] for record in records)
+        curve = session.curve if copied else []  # a whole model has no roof
+        document = report.document(family, session.device, records, curve, session.tests)
         written = report.write(document, session.directory())
         report.show(document)
         terminalreporter.write_line("written: " + ", ".join(os.path.relpath(path) for path in written))

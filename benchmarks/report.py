@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import model_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -209,8 +211,7 @@ def conclusion(doc: dict[str, Any]) -> str:
         if mean is not None:
             parts.append(f"{mean:.2f}x {base} (geometric mean)")
     parts.append(f"{sum(bool(slower_than(r)) for r in records)} slower than another candidate")
-    if busy(doc):
-        parts.append(f"on a BUSY machine (load {doc['environment']['load']} on {doc['environment']['cores']} cores)")
+    parts += [_busy(doc).removeprefix(", ")] if busy(doc) else []
     if "reference" in set(doc["environment"].get("backend", {}).values()):
         parts.append("ours was the plain PyTorch REFERENCE")
     if doc["tests"] != "passed":
@@ -222,6 +223,11 @@ def busy(doc: dict[str, Any]) -> bool:
     """More work was waiting than there are cores: ratios of such a run are not to be quoted."""
     load, cores = doc["environment"].get("load"), doc["environment"].get("cores")
     return doc["device"]["kind"] == "cpu" and bool(load and cores) and load > cores
+
+
+def _busy(doc: dict[str, Any]) -> str:
+    env = doc["environment"]
+    return f", on a BUSY machine (load {env['load']} on {env['cores']} cores)" if busy(doc) else ""
 
 
 def machine(doc: dict[str, Any]) -> str:
@@ -255,6 +261,10 @@ def peers(doc: dict[str, Any]) -> list[str]:
 def show(doc: dict[str, Any]) -> None:
     """The table on the terminal, with rich where it is installed."""
     print(f"\n{doc['family']}: {machine(doc)}")
+    if doc["family"] == model_table.FAMILY:
+        _show_rows(model_table.HEADER, [model_table.row(r) for r in doc["records"]], "", model_table.DROPPED)
+        print("\n".join([model_table.conclusion(doc) + _busy(doc), *model_table.swaps(doc)]))
+        return
     tables = [("time_us", "device time" if doc["device"]["kind"] == "cuda" else "")]
     tables += [("latency_us", "call latency, without a graph")] if doc["device"]["kind"] == "cuda" else []
     for key, title in tables:
@@ -267,7 +277,11 @@ def show(doc: dict[str, Any]) -> None:
         print("peers, time of theirs over ours: " + "; ".join(names))
 
 
-def _show_rows(header: list[str], rows: list[list[str]], title: str) -> None:
+# A narrow terminal loses peak memory first, then bandwidth.
+DROPPED = ((), (8,), (4, 5), (6,))
+
+
+def _show_rows(header: list[str], rows: list[list[str]], title: str, dropped: Any = DROPPED) -> None:
     if importlib.util.find_spec("rich") is None:
         widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
         print(*([title] if title else []), sep="\n")
@@ -285,7 +299,7 @@ def _show_rows(header: list[str], rows: list[list[str]], title: str) -> None:
     columns = list(range(len(header)))
     wide = Console(width=400)
     console = Console() if sys.stdout.isatty() else wide
-    for drop in ((), (8,), (4, 5), (6,)):  # a narrow terminal loses peak memory first, then bandwidth
+    for drop in dropped:
         columns = [i for i in columns if i not in drop]
         table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
         for i in columns:
@@ -305,6 +319,8 @@ def _show_rows(header: list[str], rows: list[list[str]], title: str) -> None:
 
 def markdown(doc: dict[str, Any], directory: Path | None = None) -> str:
     """One family's section on one device: machine, conclusion, plots, table with its losing rows."""
+    if doc["family"] == model_table.FAMILY:
+        return model_table.markdown(doc, machine(doc) + _busy(doc))
     lines = [f"### {doc['family']}", "", f"**{machine(doc)}**: {conclusion(doc)}.", ""]
     if directory is not None:
         lines += [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli import check, demo, fail, info, need, profile
+from .cli import check, demo, fail, info, models, need, profile
 
 EXAMPLES = """\
 examples:
@@ -21,6 +21,7 @@ examples:
   python -m dlkernels demo --features                       what center, island and GCCS loss do to features
   python -m dlkernels profile cross_entropy --shape 4096,1000
   python -m dlkernels bench
+  python -m dlkernels bench --model seresnet50 --share      a real model's training step, swapped and compiled
 
 `python -m dlkernels COMMAND --help` describes a command's options.
 """
@@ -29,6 +30,7 @@ examples:
   python -m dlkernels bench                                 every benchmark
   python -m dlkernels bench -k sigmoid                      those with sigmoid in their name
   FULL=1 python -m dlkernels bench --bench-device cuda      more sizes, on the GPU
+  python -m dlkernels bench --model seresnet50 --share      the training step of a real model; needs no checkout
 """
 
 
@@ -56,19 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_bench_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="run the benchmarks of a checkout",
+        help="run the benchmarks of a checkout, or measure the training step of a real model",
         description=(
-            "Runs pytest on benchmarks/ in a checkout, where `make bench` ends too; options are handed on, see "
-            "`bench --co -q` for the cases. The benchmarks are not part of the installed package."
+            "Without --model: runs pytest on benchmarks/ in a checkout, where `make bench` ends too; options are\n"
+            "handed on, see `bench --co -q` for the cases. They are not part of the installed package."
         ),
-        epilog=BENCH_EXAMPLES,
+        epilog=f"{BENCH_EXAMPLES}\nwith --model:\n{models.parser().format_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what begins alike may be an option of pytest
     )
+    parser.add_argument("--model", metavar="NAME", help="measure this model instead, with the options below")
+    parser.add_argument("--list", action="store_true", help="names that --model takes")
     parser.set_defaults(run=run_bench)
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """pytest on the benchmarks, in the top folder of the checkout; its exit code."""
+    """A model, or pytest on the benchmarks in the top folder of the checkout; the exit code."""
+    if args.list:
+        return models.listing()
+    if args.model is not None:
+        return models.run(args.model, args.pytest_options)
     candidates = (Path.cwd(), Path(__file__).resolve().parents[1])
     root = next((p for p in candidates if (p / "benchmarks" / "report.py").is_file()), None)
     if root is None:

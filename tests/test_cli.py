@@ -342,6 +342,8 @@ def test_demo_quick(tmp_path: Path) -> None:
         "The network before training", "Training: eager and fused", "Time of forward + backward",
         "sigmoid focal, 1M elements", "GroupNorm + SiLU, 8 x 256 x 28 x 28", "weight norm, 512 x 4608",
         "The optimizer before training", "AdamW, 300 tensors of 256", "PASS",
+        "dlkernels.swap(model)", "ChannelSELayer (monai)", "FusedDropPath",
+        "whole training step, plain and after dk.swap",
     ):  # fmt: skip
         assert text in result.stdout, text
     assert "not held to its threshold" in result.stdout
@@ -368,6 +370,41 @@ def test_demo_networks_agree() -> None:
     still, dropped = (_demo_model.outcome("fused", mode, x, y)[0] for mode in ("eval", "train"))
     rows = (still != dropped).any(1)
     assert rows.any() and (still[~rows] == dropped[~rows]).all(), "stochastic depth acts while training only"
+
+
+def test_demo_network_is_swapped() -> None:
+    """All of it: norms with their activations, squeeze-and-excitation, stochastic depth with its residual; in place."""
+    pytest.importorskip("monai")
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    for mode in ("eval", "train"):
+        plain, eager = (_demo_model.outcome(kind, mode, x, y) for kind in ("plain", "eager"))
+        assert all(torch.equal(a, b) for a, b in zip(plain, eager, strict=True)), "one network in two spellings"
+    found = _demo_model.compare_models(x, y, "swapped")
+    assert len(found) == 4 and not any(each.failed for each in found), found
+    assert found[1].output.error != found[1].output.eager_error, "other kernels round otherwise"
+    model = _demo_model.make_model("cpu", "plain")
+    keys = list(model.state_dict())
+    report = dk.swap(model)
+    blocks = len(_demo_model.STAGES)
+    assert report.counts() == {
+        "group_norm": 2 + 2 * blocks, "squeeze_excite": blocks, "stochastic_depth": blocks, "blocks": 2 + blocks
+    } and not report.skipped  # fmt: skip
+    assert list(model.state_dict()) == keys == list(_demo_model.make_model("cpu", "eager").state_dict())
+
+
+def test_demo_notices_a_wrong_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One norm's eps off by a tenth, after the swap: the comparison of the networks fails."""
+    pytest.importorskip("monai")
+    right = dk.swap
+
+    def wrong(model: torch.nn.Module) -> dk.SwapReport:
+        report = right(model)
+        model.norm.eps *= 1.1
+        return report
+
+    monkeypatch.setattr(dk, "swap", wrong)
+    x, y = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    assert all(each.failed for each in _demo_model.compare_models(x, y, "swapped") if each.dtype == torch.float64)
 
 
 @pytest.mark.parametrize("fault", ["eps", "activation", "gate", "rows"])

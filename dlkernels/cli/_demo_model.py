@@ -1,4 +1,4 @@
-"""The demo's network, written once: a small residual one, its layers in plain PyTorch and MONAI, or fused.
+"""The demo's network: a small residual one, its layers in plain PyTorch and MONAI, or fused, or swapped.
 
 A block is conv, GroupNorm and SiLU, conv, GroupNorm, squeeze-and-excitation, and a residual with stochastic depth.
 """
@@ -59,7 +59,7 @@ class Layers:
 
 
 def layers(kind: str) -> Layers:
-    """The switch: "eager" or "fused"."""
+    """The switch: "eager", "fused", or "plain", where an activation and a sum are steps of their own."""
     if kind == "fused":
         return Layers(
             dk.nn.GroupNorm,
@@ -69,6 +69,10 @@ def layers(kind: str) -> Layers:
         )
     from monai.networks.blocks.squeeze_and_excitation import ChannelSELayer
 
+    if kind == "plain":
+        from monai.networks.layers.drop_path import DropPath
+
+        return Layers(nn.GroupNorm, nn.GroupNorm, lambda channels, r: ChannelSELayer(2, channels, r), DropPath)
     return Layers(nn.GroupNorm, GroupNormSiLU, lambda channels, r: ChannelSELayer(2, channels, r), Drop)
 
 
@@ -93,8 +97,24 @@ class Block(nn.Module):
         return self.drop(y, self.shortcut(x))
 
 
+class PlainBlock(Block):
+    """The same in steps, as people write it: what `dlkernels.swap` is given."""
+
+    def __init__(self, use: Layers, inputs: int, channels: int, stride: int, p: float) -> None:
+        super().__init__(use, inputs, channels, stride, p)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm1(self.conv1(x)))
+        y = self.se(self.norm2(self.conv2(y)))
+        y = self.drop(y)
+        return y + self.shortcut(x)
+
+
 class Network(nn.Module):
     """Images (N, 1, 8, 8) to logits (N, 10)."""
+
+    block: type[Block] = Block
 
     def __init__(self, use: Layers) -> None:
         super().__init__()
@@ -102,7 +122,7 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(1, STEM, 3, 1, 1, bias=False), use.norm_silu(GROUPS, STEM))
         widths = (STEM, *(channels for channels, _ in STAGES))
         self.blocks = nn.Sequential(
-            *(Block(use, inputs, *stage, p) for inputs, stage, p in zip(widths, STAGES, rates))  # type: ignore[arg-type]
+            *(self.block(use, inputs, *stage, p) for inputs, stage, p in zip(widths, STAGES, rates))  # type: ignore[arg-type]
         )
         self.norm = use.norm_silu(GROUPS, widths[-1])
         self.head = nn.Linear(widths[-1], CLASSES)
@@ -111,19 +131,39 @@ class Network(nn.Module):
         return self.head(self.norm(self.blocks(self.stem(x))).mean((2, 3)))
 
 
+class PlainNetwork(Network):
+    block = PlainBlock
+
+    def __init__(self) -> None:
+        super().__init__(layers("plain"))
+        self.stem.append(nn.SiLU())
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(self.stem(x))
+        y = self.act(self.norm(y))
+        return self.head(y.mean((2, 3)))
+
+
 def make_model(device: str, kind: str) -> nn.Module:
-    """The same weights at every call: those of the eager network, which load into the fused one as they are."""
+    """The same weights at every call: those of the eager network, which load into the others as they are.
+
+    "swapped" is the plain network after `dlkernels.swap`.
+    """
     torch.manual_seed(SEED)
     model = Network(layers("eager"))
-    if kind == "fused":
-        eager, model = model, Network(layers("fused"))
+    if kind != "eager":
+        eager, model = model, Network(layers("fused")) if kind == "fused" else PlainNetwork()
         model.load_state_dict(eager.state_dict())
+    if kind == "swapped":
+        dk.swap(model)
     return model.to(device)
 
 
 def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     use = dk.optim.AdamW if kind == "fused" else torch.optim.AdamW
-    return use(model.parameters(), lr=LEARNING_RATE)
+    optimizer = use(model.parameters(), lr=LEARNING_RATE)
+    return dk.swap_optimizer(optimizer) if kind == "swapped" else optimizer
 
 
 # Parity of the whole network ------------------------------------------------------------------------------------------
@@ -131,22 +171,23 @@ def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class ModelParity:
-    """Errors of the fused network against the eager one in float64: of its output and of all its gradients together."""
+    """Errors of a network against the eager one in float64: of its output and of all its gradients together."""
 
     mode: str  # "eval" or "train"
     dtype: torch.dtype
     output: Parity
     gradient: Parity
+    kind: str = "fused"  # or "swapped"
 
     @property
     def failed(self) -> bool:
         return max(self.output.ratio, self.gradient.ratio) > 1
 
 
-def compare_models(x: Tensor, y: Tensor) -> list[ModelParity]:
-    """Both networks on one batch, from the same weights and seed, evaluating and training.
+def compare_models(x: Tensor, y: Tensor, kind: str = "fused") -> list[ModelParity]:
+    """Eager and another network on one batch, from the same weights and seed, evaluating and training.
 
-    In float64 they differ by rounding only; in float32 the fused one has the error budget of dlkernels.testing.
+    In float64 they differ by rounding only; in float32 the other one has the error budget of dlkernels.testing.
     """
     # On a GPU, float64 draws other rows than float32, and has no kernels of its own.
     cpu = x.device.type == "cpu"
@@ -154,9 +195,9 @@ def compare_models(x: Tensor, y: Tensor) -> list[ModelParity]:
     for mode in ("eval", "train") if cpu else ("eval",):
         exact = outcome("eager", mode, x.double(), y)
         for dtype in (torch.float64, torch.float32) if cpu else (torch.float32,):
-            fused = outcome("fused", mode, x.to(dtype), y)
+            other = outcome(kind, mode, x.to(dtype), y)
             eager = exact if dtype == torch.float64 else outcome("eager", mode, x.to(dtype), y)
-            found.append(ModelParity(mode, dtype, *map(_parity, exact, fused, eager)))
+            found.append(ModelParity(mode, dtype, *map(_parity, exact, other, eager), kind))
     return found
 
 

@@ -154,6 +154,12 @@ def time_step(data: Data, loss: Loss, seconds: float) -> Timing:
     return Timing(f"whole training step ({loss.name})", *interleaved(*calls, seconds), kind="step")
 
 
+def time_swapped(data: Data, loss: Loss, seconds: float) -> Timing:
+    """The same step of the plain network, as it is and after `swap` and `swap_optimizer`; the loss stays plain."""
+    calls = (training_step(data, loss, kind) for kind in ("plain", "swapped"))
+    return Timing("whole training step, plain and after dk.swap", *interleaved(*calls, seconds), kind="step")
+
+
 def interleaved(eager: Callable[[], None], fused: Callable[[], None], seconds: float) -> tuple[float, float]:
     """The fastest of many rounds of each, taken in turns: neighbours and clocks hit both alike."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None

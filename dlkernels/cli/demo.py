@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import dlkernels as dk
+
 from .. import _backend
 from ..testing import num_threads
 from . import _features, fail, format_time, need, output_folder, print_table, quiet
@@ -31,7 +33,8 @@ examples:
 Trains a small residual network (GroupNorm, MONAI's squeeze-and-excitation, stochastic depth) on scikit-learn's digits,
 made long-tailed (class c keeps 0.75^c of its images), four times from one seed: balanced focal loss and cross entropy,
 each with layers, loss and AdamW of plain PyTorch and with fused ones. The eager network's state_dict loads into the
-fused one. At the start, outputs and parameter gradients of both networks are compared with float64, and so are the
+fused one. The same network of torch's and MONAI's own layers is swapped in place by dlkernels.swap, whose report is
+shown. At the start, outputs and parameter gradients of all networks are compared with float64, and so are the
 parameters after twenty steps of both optimizers with the same gradients. At every step of the eager runs, both losses
 and their gradients are computed on the same logits and held to the error budget of dlkernels.testing.
 Exit code 1: a network, an optimizer or a step outside its budget, or a balanced accuracy of at most 85 %.
@@ -80,6 +83,8 @@ class Demo:
     out: Path
     data: Any = None
     models: list[Any] = field(default_factory=list)
+    swap: Any = None  # the report of the plain network's swap
+    swapped: list[Any] = field(default_factory=list)
     optimizers: list[Any] = field(default_factory=list)
     runs: list[Any] = field(default_factory=list)
     timings: list[Any] = field(default_factory=list)
@@ -134,15 +139,17 @@ def prepare(demo: Demo) -> None:
 
 
 def compare(demo: Demo) -> None:
-    """Both networks and both optimizers before training: what layers and steps compute."""
+    """The networks and both optimizers before training: what layers and steps compute."""
     from . import _demo_model
 
     x, y = demo.data.train_x[: _demo_model.BATCH], demo.data.train_y[: _demo_model.BATCH]
     demo.models = _demo_model.compare_models(x, y)
-    for each in demo.models:
+    demo.swap = dk.swap(_demo_model.make_model(demo.device, "plain"))
+    demo.swapped = _demo_model.compare_models(x, y, "swapped")
+    for each in (*demo.models, *demo.swapped):
         if each.failed:
             worst = max((each.output, each.gradient), key=lambda parity: parity.ratio)
-            demo.failures.append(f"the fused network, {each.mode} in {_dtype(each)}: error {worst.error:.2e}, "
+            demo.failures.append(f"the {each.kind} network, {each.mode} in {_dtype(each)}: error {worst.error:.2e}, "
                                  f"allowed {worst.allowed:.2e}")  # fmt: skip
     demo.optimizers = _demo_model.compare_optimizers(demo.device)
     for each in demo.optimizers:
@@ -190,17 +197,20 @@ def measure(demo: Demo) -> None:
             demo.timings.append(timing)
             progress.update(task, description=f"timed {timing.name}")
         demo.timings.append(timings.time_step(demo.data, last.loss, 2 * demo.seconds))
+        demo.timings.append(timings.time_swapped(demo.data, last.loss, demo.seconds))
 
 
 def report(demo: Demo) -> None:
     from . import _demo_model
 
+    print("dlkernels.swap(model), where model is the same network of torch's and MONAI's own layers:")
+    print(demo.swap)
     print_table(
-        "The network before training: eager and fused, same weights, same seed",
-        ("mode", "dtype", ">output error", ">of budget", ">gradient error", ">of budget", "result"),
-        [(each.mode, _dtype(each), *_shares(each.output), *_shares(each.gradient), "FAIL" if each.failed else "PASS")
-         for each in demo.models],
-        "Errors against eager in float64: fused (eager). The gradient is that of every parameter, as one vector.",
+        "The network before training: eager, fused and swapped, same weights, same seed",
+        ("network", "mode", "dtype", ">output error", ">of budget", ">gradient error", ">of budget", "result"),
+        [(each.kind, each.mode, _dtype(each), *_shares(each.output), *_shares(each.gradient),
+          "FAIL" if each.failed else "PASS") for each in (*demo.models, *demo.swapped)],
+        "Errors against eager in float64: its own (eager's). The gradient is that of every parameter, as one vector.",
     )  # fmt: skip
     print_table(
         f"The optimizer before training: {_demo_model.OPTIMIZER_STEPS} steps of AdamW, same weights, same gradients",
