@@ -221,6 +221,23 @@ def test_compiled_candidates(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "built in" in capsys.readouterr().out
 
 
+def test_what_the_compile_backend_matched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this model only: what the report had from before is cleared."""
+
+    class Report:
+        replaced, left = [SimpleNamespace(pattern="focal_loss")], []
+
+        def clear(self) -> None:
+            self.replaced, self.left = [SimpleNamespace(pattern="group_norm")] * 2, []
+
+    report = Report()
+    monkeypatch.setattr(_model_steps, "_known", lambda name: "eager")
+    monkeypatch.setattr(_model_steps, "_finds", lambda: report)
+    assert bench(*SMALL[:-1], "--rounds", "1", "--candidates", "compile-dlkernels") == 0
+    shown = capsys.readouterr().out
+    assert "compile replaced 2 group_norm\n" in shown and "compile left nothing" in shown
+
+
 @pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"channels_last": True}], ids=["bfloat16", "nhwc"])
 def test_precision_and_layout(changes: dict[str, Any]) -> None:
     record = models.measure(setting(**changes), ["swapped-adamw"], 1, share=False)

@@ -8,7 +8,9 @@ import gc
 import importlib
 import math
 import statistics
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +102,7 @@ class Candidate:
     model: nn.Module
     step: Callable[..., Tensor]
     report: dk.SwapReport | None = None
+    matches: dict[str, dict[str, int]] | None = None  # of the compile backend
     losses: list[float] = field(default_factory=list)
     norm: float = math.nan  # of the gradient before the first step
     build_s: float = 0.0  # of making it and of its first step, where compiling is
@@ -150,11 +153,23 @@ def warm_up(candidate: Candidate) -> None:
         grads = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
         candidate.norm = torch.stack(grads).norm().item()
 
+    finds = _finds() if RECIPES[candidate.name].backend == "dlkernels" else None
+    if finds is not None:
+        finds.clear()
     for i in range(CHECKED):
         torch.manual_seed(i)  # for what draws
         candidate.losses.append(candidate.step(observe if i == 0 else None).item())
     for _ in range(WARMUP):
         candidate.step()
+    if finds is not None:
+        found = {"replaced": finds.replaced, "left": finds.left}
+        candidate.matches = {what: dict(Counter(find.pattern for find in some)) for what, some in found.items()}
+
+
+def _finds() -> Any:
+    """The compile backend's report, or None where there is no such backend."""
+    backend = sys.modules.get("dlkernels.compile")
+    return None if backend is None else backend.compile_report()
 
 
 def disagreement(candidate: Candidate, eager: Candidate, dtype: torch.dtype) -> tuple[float, str]:

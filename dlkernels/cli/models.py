@@ -153,7 +153,7 @@ def describe(setting: steps.Setting, base: torch.nn.Module) -> dict[str, Any]:
         "dtype": str(setting.dtype).removeprefix("torch."), "device": device, "cuda": cuda,
         "layout": "channels_last" if setting.channels_last else "contiguous",
         "backend": _backend.state.forced or _backend.default_for(device),
-        "swap": {}, "losses": {}, "failed": {}, "refused": "", "share": {}, "candidates": {},
+        "swap": {}, "matches": {}, "losses": {}, "failed": {}, "refused": "", "share": {}, "candidates": {},
     }  # fmt: skip
 
 
@@ -165,6 +165,7 @@ def agree(record: dict[str, Any], made: list[steps.Candidate], dtype: torch.dtyp
             reasons = sorted({reason for *_, reason in candidate.report.skipped})
             record["swap"] = {"summary": candidate.report.summary(), "counts": candidate.report.counts(),
                               "left": reasons}  # fmt: skip
+        record["matches"] |= candidate.matches or {}
         share, words = steps.disagreement(candidate, eager, dtype)
         record["losses"][candidate.name] = {"values": candidate.losses, "gradient_norm": candidate.norm,
                                             "of_allowed": share}  # fmt: skip
@@ -228,6 +229,8 @@ def show(record: dict[str, Any]) -> None:
         print(f"swap    {record['swap']['summary']}")
         for reason in record["swap"]["left"]:
             print(f"        left: {reason}")
+    for done, counts in record["matches"].items():
+        print(f"compile {done} {', '.join(f'{n} {name}' for name, n in sorted(counts.items())) or 'nothing'}")
     if record["refused"]:
         print(f"\nFAIL: losses do not agree with eager, nothing was measured\n  {record['refused']}")
         return
