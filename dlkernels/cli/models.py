@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,12 @@ def measure(setting: steps.Setting, names: Sequence[str], rounds: int, share: bo
                 candidate.build_s = time.perf_counter() - start
                 made.append(candidate)
             say(name, 1)
-        eager = made[0]
-        agree(record, made, setting.dtype)
+        eager = exact = made[0]
+        if setting.dtype != torch.float32:
+            say("eager in float32: first steps", 0)
+            exact = steps.make("eager", base, replace(setting, dtype=torch.float32))
+            steps.warm_up(exact)
+        agree(record, made, exact, setting.dtype)
         if record["refused"]:
             return record
         steps.measure(made, setting.device, rounds, lambda: say("measuring, in turns", 1))
@@ -157,7 +162,7 @@ def describe(setting: steps.Setting, base: torch.nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def agree(record: dict[str, Any], made: list[steps.Candidate], dtype: torch.dtype) -> None:
+def agree(record: dict[str, Any], made: list[steps.Candidate], exact: steps.Candidate, dtype: torch.dtype) -> None:
     """Hold every candidate's losses to eager's; a compiled one that differs is dropped, one of ours is refused."""
     eager, wrong = made[0], []
     for candidate in list(made):
@@ -166,7 +171,7 @@ def agree(record: dict[str, Any], made: list[steps.Candidate], dtype: torch.dtyp
             record["swap"] = {"summary": candidate.report.summary(), "counts": candidate.report.counts(),
                               "left": reasons}  # fmt: skip
         record["matches"] |= candidate.matches or {}
-        share, words = steps.disagreement(candidate, eager, dtype)
+        share, words = steps.disagreement(candidate, eager, exact, dtype)
         record["losses"][candidate.name] = {"values": candidate.losses, "gradient_norm": candidate.norm,
                                             "of_allowed": share}  # fmt: skip
         if not share <= 1:
