@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,12 @@ def measure(setting: steps.Setting, names: Sequence[str], rounds: int, share: bo
                 candidate.build_s = time.perf_counter() - start
                 made.append(candidate)
             say(name, 1)
-        eager = made[0]
-        agree(record, made, setting.dtype)
+        eager = exact = made[0]
+        if setting.dtype != torch.float32:
+            say("eager in float32: first steps", 0)
+            exact = steps.make("eager", base, replace(setting, dtype=torch.float32))
+            steps.warm_up(exact)
+        agree(record, made, exact, setting.dtype)
         if record["refused"]:
             return record
         steps.measure(made, setting.device, rounds, lambda: say("measuring, in turns", 1))
@@ -153,11 +158,11 @@ def describe(setting: steps.Setting, base: torch.nn.Module) -> dict[str, Any]:
         "dtype": str(setting.dtype).removeprefix("torch."), "device": device, "cuda": cuda,
         "layout": "channels_last" if setting.channels_last else "contiguous",
         "backend": _backend.state.forced or _backend.default_for(device),
-        "swap": {}, "losses": {}, "failed": {}, "refused": "", "share": {}, "candidates": {},
+        "swap": {}, "matches": {}, "losses": {}, "failed": {}, "refused": "", "share": {}, "candidates": {},
     }  # fmt: skip
 
 
-def agree(record: dict[str, Any], made: list[steps.Candidate], dtype: torch.dtype) -> None:
+def agree(record: dict[str, Any], made: list[steps.Candidate], exact: steps.Candidate, dtype: torch.dtype) -> None:
     """Hold every candidate's losses to eager's; a compiled one that differs is dropped, one of ours is refused."""
     eager, wrong = made[0], []
     for candidate in list(made):
@@ -165,7 +170,8 @@ def agree(record: dict[str, Any], made: list[steps.Candidate], dtype: torch.dtyp
             reasons = sorted({reason for *_, reason in candidate.report.skipped})
             record["swap"] = {"summary": candidate.report.summary(), "counts": candidate.report.counts(),
                               "left": reasons}  # fmt: skip
-        share, words = steps.disagreement(candidate, eager, dtype)
+        record["matches"] |= candidate.matches or {}
+        share, words = steps.disagreement(candidate, eager, exact, dtype)
         record["losses"][candidate.name] = {"values": candidate.losses, "gradient_norm": candidate.norm,
                                             "of_allowed": share}  # fmt: skip
         if not share <= 1:
@@ -228,6 +234,8 @@ def show(record: dict[str, Any]) -> None:
         print(f"swap    {record['swap']['summary']}")
         for reason in record["swap"]["left"]:
             print(f"        left: {reason}")
+    for done, counts in record["matches"].items():
+        print(f"compile {done} {', '.join(f'{n} {name}' for name, n in sorted(counts.items())) or 'nothing'}")
     if record["refused"]:
         print(f"\nFAIL: losses do not agree with eager, nothing was measured\n  {record['refused']}")
         return
