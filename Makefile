@@ -39,7 +39,8 @@ demo: build
 test: test-python test-interpreter test-cuda-host
 
 # Two workers where pytest-xdist is there; the one that is done takes over what waits for the other.
-PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
+pytest = $(1) -m pytest $$($(1) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
+PYTEST = $(call pytest,$(PY))
 
 test-python: build
 	$(PYTEST) tests --ignore tests/triton_kernels --ignore tests/cuda_host --ignore tests/real
@@ -64,13 +65,9 @@ test-cuda-host: build
 	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dynamic-network-architectures==0.4.4
 	touch $@
 
-ifeq ($(origin PYTHON),undefined)
-test-real: PY := $(CURDIR)/.venv-real/bin/python
-test-real: .venv-real/ready
-endif
-test-real:
-	$(PY) setup.py --quiet build_ext --inplace
-	DLKERNELS_REQUIRE=real,cpp $(PYTEST) tests/real
+# The compiled part is the one that `build` makes: it is for the same torch.
+test-real: build $(if $(READY),.venv-real/ready)
+	DLKERNELS_REQUIRE=real,cpp $(call pytest,$(if $(READY),$(CURDIR)/.venv-real/bin/python,$(PY))) tests/real
 
 bench: build
 	$(PY) -m pytest benchmarks
