@@ -198,6 +198,7 @@ class Facts:
         self.region: dict[Node, int] = {}
         self.changes: list[tuple[int, Node, set[int]]] = []
         self.transforms = False
+        self.convolves = False  # some convolution with positions, which a compiler may run in another layout
         region = 0
         for index, node in enumerate(graph.nodes):
             self.position[node] = index
@@ -206,6 +207,7 @@ class Facts:
             self.region[node] = region
             if "functorch" in str(getattr(node.target, "__module__", "")) or "_nesting" in str(node.target):
                 self.transforms = True
+            self.convolves = self.convolves or _convolves(node)
             changed = changed_arguments(node)
             if changed:
                 self.changes.append((index, node, storages(changed)))
@@ -240,6 +242,12 @@ class Facts:
             elif index > end and touched & memory:
                 return f"`{node.name}` changes an input in place later"  # the call may keep it for its backward pass
         return ""
+
+
+def _convolves(node: Node) -> bool:
+    call = call_of(node)
+    made = tensor(node) if call is not None and call.kind == "conv" else None
+    return made is not None and made.dim() > 3 and not all(same_size(size, 1) for size in made.shape[2:])
 
 
 def _changes_context(node: Node) -> bool:

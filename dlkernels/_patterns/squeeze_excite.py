@@ -112,13 +112,20 @@ def _match(node: Node, call: Call, x: Node, gate: Node, facts: Facts) -> Match |
     return Match(
         "squeeze_excite",
         f"squeeze_excite ({middle}){extra}",
-        "tokens" if layout == "channels_last" and len(shape(x)) == 3 else "",
+        _kind(x, layout, facts),
         sorted(nodes, key=facts.position.__getitem__),
         calls.squeeze_excite,
         (x, w1, b1, w2, b2, hidden or "relu", gate_name, residual[0] if residual else None,
          activation[0] if activation else None, layout),
         op="squeeze_excite_fwd",
     )  # fmt: skip
+
+
+def _kind(x: Node, layout: str, facts: Facts) -> str:
+    if layout == "channels_last":
+        return "tokens" if len(shape(x)) == 3 else ""
+    contiguous = not same_size(tensor(x).stride(1), 1)
+    return "contiguous network" if contiguous and facts.convolves else ""
 
 
 def _say_why_not(x: Node, gate: Node) -> None:

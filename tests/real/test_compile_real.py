@@ -21,6 +21,8 @@ for _name in ("timm", "torchvision", "transformers", "diffusers", "monai", "segm
 pytestmark = pytest.mark.needs("cpp")
 
 F64 = torch.float64
+# Everything that is found: between contiguous convolutions squeeze-and-excitation would else be left as not faster.
+OPTIONS = {"then": "aot_eager", "all": True}
 LIMIT = 1e-12
 HARD = 1e-7  # torch's backward pass of hardsigmoid has 1/6 in float32, whatever the dtype
 
@@ -209,7 +211,7 @@ def test_model(name: str) -> None:
     case = CASES[name]
     model = randomised(case.make())
     expected = results(model, model, case)
-    made = results(model, torch.compile(model, backend="dlkernels", options={"then": "aot_eager"}), case)
+    made = results(model, torch.compile(model, backend="dlkernels", options=OPTIONS), case)
     output, grad = differences(made, expected)
     report = dk.compile_report()
     assert not [graph.error for graph in report.graphs if graph.error]
@@ -231,7 +233,7 @@ def test_an_error_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(calls, op, lambda *args, f=original: f(*args) * (1 + 1e-9))
     model = randomised(case.make())
     expected = results(model, model, case)
-    made = results(model, torch.compile(model, backend="dlkernels", options={"then": "aot_eager"}), case)
+    made = results(model, torch.compile(model, backend="dlkernels", options=OPTIONS), case)
     output, grad = differences(made, expected)
     assert dk.compile_report().replaced and output > 100 * LIMIT and grad > 100 * LIMIT
 
@@ -258,6 +260,19 @@ def test_inductor_in_training() -> None:
     assert found == ["group_norm + silu", "group_norm + scale and shift + silu"]
 
 
+def test_what_is_slower_is_left() -> None:
+    """In a contiguous network; in a channels_last one it is replaced."""
+    model, (x,) = randomised(timm_model("seresnet18")), image()
+    options = {"then": "eager"}
+    for memory_format, count in ((torch.contiguous_format, 0), (torch.channels_last, 8)):
+        torch._dynamo.reset()
+        dk.compile_report().clear()
+        moved = model.to(memory_format=memory_format)
+        torch.compile(moved, backend="dlkernels", options=options)(x.to(memory_format=memory_format))
+        report = dk.compile_report()
+        assert (len(report.replaced), len(report.left)) == (count, 8 - count), str(report)
+
+
 @pytest.mark.parametrize("name", ["timm resnet50_gn", "torchvision efficientnet_b0"])
 def test_channels_last_and_bfloat16(name: str) -> None:
     """As people train on GPUs: the output keeps its layout, and is no further from float64 than eager's is."""
@@ -267,7 +282,7 @@ def test_channels_last_and_bfloat16(name: str) -> None:
     exact = model(x)
     model = model.bfloat16().to(memory_format=torch.channels_last)
     x = x.bfloat16().to(memory_format=torch.channels_last)
-    made = torch.compile(model, backend="dlkernels", options={"then": "aot_eager"})
+    made = torch.compile(model, backend="dlkernels", options=OPTIONS)
     with torch.no_grad():
         ours, eager = (float((call(x).double() - exact).norm() / exact.norm()) for call in (made, model))
     assert Counter(find.what for find in dk.compile_report().replaced) == case.replaced
@@ -294,7 +309,7 @@ def focal_losses() -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]]:
 def test_focal_loss(name: str) -> None:
     function, reduction = focal_losses()[name]
     x, t = normal(5, 7).requires_grad_(), (normal(5, 7) > 0.3).double()
-    made = torch.compile(function, backend="dlkernels", options={"then": "aot_eager"})(x, t)
+    made = torch.compile(function, backend="dlkernels", options=OPTIONS)(x, t)
     expected = function(x, t)
     limit = 1e-6 if name == "fvcore" else LIMIT  # which computes in float32
     assert float((made - expected).detach().norm() / expected.detach().norm()) <= limit
