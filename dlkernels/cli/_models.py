@@ -90,6 +90,11 @@ def _volumes(batch: int, size: int, generator: torch.Generator) -> Inputs:
     return (x,), torch.randint(3, (batch, size, size, size), generator=generator)
 
 
+def _segmented(batch: int, size: int, generator: torch.Generator) -> Inputs:
+    x = torch.randn(batch, 3, size, size, generator=generator)
+    return (x,), torch.randint(3, (batch, size, size), generator=generator)
+
+
 def _noisy(batch: int, size: int, generator: torch.Generator) -> Inputs:
     """Noised images, their time steps, and the noise that is to be found."""
     x = torch.randn(batch, 3, size, size, generator=generator)
@@ -148,6 +153,10 @@ def _hf_regnety(transformers: Any) -> nn.Module:
     return transformers.RegNetForImageClassification(transformers.RegNetConfig(**sizes, num_labels=CLASSES))
 
 
+def _smp_unet(smp: Any) -> nn.Module:
+    return smp.Unet("se_resnet50", encoder_weights=None, decoder_attention_type="scse", classes=3)
+
+
 def _torchvision(name: str) -> Callable[[Any], nn.Module]:
     return lambda torchvision: getattr(torchvision.models, name)(weights=None)
 
@@ -167,6 +176,8 @@ SPECS = (
                 _torchvision("efficientnet_b0")),
     _classifier("hf_bit", "transformers", "GroupNorm with ReLU inside", _hf_bit),
     _classifier("hf_regnety_008", "transformers", "squeeze-excite, BatchNorm", _hf_regnety),
+    Spec("smp_unet", "segmentation_models_pytorch", "squeeze-excite with residual and ReLU", _smp_unet, _segmented,
+         _cross_entropy, batch=4, size=128),
 )  # fmt: skip
 SIX = tuple(spec.name for spec in SPECS[:6])  # of the benchmark table
 
