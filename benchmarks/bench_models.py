@@ -1,4 +1,4 @@
-"""Training steps of real models, one at least of each library: eager, swapped, with our AdamW; six of them compiled too.
+"""Training steps of real models, of each library one: eager, swapped, with our AdamW; six of them compiled, too.
 
 Each is measured by `python -m dlkernels bench --model NAME` in a process of its own, with the allocator as users have
 it. The libraries that bring the models are needed; a model whose library is missing is

@@ -52,8 +52,8 @@ def bench(*options: str) -> int:
 
 
 def test_the_models_of_the_table_are_there() -> None:
-    assert tuple(bench_models.MODELS) == _models.SIX and len(_models.SIX) == 6
-    assert {name: _models.find(name).library for name in _models.SIX} == bench_models.MODELS
+    assert {name: _models.find(name).library for name in bench_models.MODELS} == bench_models.MODELS
+    assert len(bench_models.MODELS) - len(bench_models.NOT_COMPILED) == 6
     assert len({spec.name for spec in _models.SPECS}) == len(_models.SPECS)
 
 

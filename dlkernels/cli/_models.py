@@ -179,7 +179,6 @@ SPECS = (
     Spec("smp_unet", "segmentation_models_pytorch", "squeeze-excite with residual and ReLU", _smp_unet, _segmented,
          _cross_entropy, batch=4, size=128),
 )  # fmt: skip
-SIX = tuple(spec.name for spec in SPECS[:6])  # of the benchmark table
 
 
 def find(name: str, input_shape: Sequence[int] | None = None) -> Spec:
