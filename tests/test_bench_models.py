@@ -160,8 +160,8 @@ def test_candidates_are_copies_of_one_model() -> None:
         assert candidate.losses[2] < candidate.losses[0], "it learns"
     assert all(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True))
     assert [c.report is not None for c in made] == [False, False, True, True]
-    assert not any(type(m).__name__.startswith("Fused") for m in (*base.modules(), *made[0].model.modules()))
-    assert sum(type(m).__name__ == "FusedGroupNorm" for m in made[2].model.modules()) == 2
+    assert not any(m._get_name().startswith("Fused") for m in (*base.modules(), *made[0].model.modules()))
+    assert sum(m._get_name() == "FusedGroupNorm" for m in made[2].model.modules()) == 2
 
 
 def test_under_autocast_eager_is_not_the_truth() -> None:
