@@ -211,6 +211,7 @@ def test_meta_then_materialised() -> None:
     same(model, reference, *batch())
 
 
+@pytest.mark.needs("cpp")
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_compiled_and_exported(backend: str) -> None:
     model, reference = net(), net()

@@ -20,13 +20,13 @@ ADDITIONS = ("add", "radd", "iadd")
 
 def module_at(owner: nn.Module, op: Any) -> Any:
     """What an operation calls: `self.name`, a module or not; None where it is optional and not there."""
-    name = op if op.__class__ is str else op[1]
+    name = op if isinstance(op, str) else op[1]
     found = owner._modules.get(name)
     return getattr(owner, name, None) if found is None else found
 
 
 def is_module(op: Any) -> bool:
-    return op.__class__ is str or op[0] == "?"
+    return isinstance(op, str) or op[0] == "?"
 
 
 def is_identity(module: Any) -> bool:
@@ -49,7 +49,7 @@ def chain(owner: nn.Module, x: Any, ops: tuple[Any, ...]) -> Any:
             x = _apply(x, op)
             continue
         module = module_at(owner, op)
-        if module is None and op.__class__ is not str:
+        if module is None and not isinstance(op, str):
             continue
         fuse = getattr(type(module), "_dlkernels_fuse", None) if i < n else None
         if fuse is not None and is_served(x) and plain(module):
@@ -87,7 +87,7 @@ class Rest:
             if not is_module(op):
                 return op, None
             module = module_at(self._owner, op)
-            absent = module is None and op.__class__ is not str
+            absent = module is None and not isinstance(op, str)
             if not absent and not is_identity(module):
                 return op, module
             self._at += 1
@@ -171,7 +171,7 @@ def _kind(owner: nn.Module, op: Any, starts: dict[int, str]) -> str:
     module = module_at(owner, op)
     if id(module) in starts:
         return starts[id(module)]
-    if module is None and op.__class__ is not str:
+    if module is None and not isinstance(op, str):
         return "identity"
     if type(module) is nn.Identity or type(module) in _DROPOUTS:
         return "identity"
