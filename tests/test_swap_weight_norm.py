@@ -217,6 +217,7 @@ def swapped_norm(norm: nn.Module) -> nn.Module:
     return norm
 
 
+@pytest.mark.needs("cpp")
 @pytest.mark.filterwarnings("ignore")
 def test_compile_and_export() -> None:
     torch._dynamo.reset()
