@@ -53,8 +53,9 @@ def swap(
         Only what is provably equal is swapped: classes by exact name and by the source of their forward; subclasses
         that change it, BatchNorm inside of squeeze-and-excitation and the like are reported and left. At each call,
         too, whatever does not fit (a hook on an inner layer, another dtype, DTensors, tracing) takes the original
-        path. Swap before torch.compile, DDP and FSDP. Pickles of a swapped model need dlkernels to be loaded; its
-        state_dict does not. Calling it twice changes nothing more.
+        path. Swap before torch.compile, DDP and FSDP; unswap before torch.jit.script. Pickles of a swapped model need
+        dlkernels to be loaded; its state_dict does not. Calling it twice changes nothing more. Under autocast on GPUs,
+        GroupNorm gives the dtype of its input, where torch gives float32.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

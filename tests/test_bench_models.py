@@ -376,3 +376,17 @@ def test_report_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     doc["records"][0]["refused"] = "swapped: loss"
     with pytest.raises(SystemExit, match="refused ops do not go"):
         report.rewrite_readme(readme, [(path, doc)])
+
+
+@pytest.mark.parametrize("ours", [2.0, 3.0])
+def test_a_compiler_that_is_wrong(ours: float) -> None:
+    """What torch.compile gets wrong alone is not held against our backend, which goes through it."""
+
+    def candidate(name: str, norm: float) -> Any:
+        return SimpleNamespace(name=name, report=None, matches={}, losses=[1.0, 0.9, 0.8], norm=norm)
+
+    made = [candidate("eager", 1.0), candidate("compile", 2.0), candidate("compile-dlkernels", ours)]
+    record: dict[str, Any] = {"matches": {}, "losses": {}, "failed": {}, "refused": ""}
+    models.agree(record, made, made[0], torch.float32)
+    assert "compile" in record["failed"] and bool(record["refused"]) is (ours == 3.0)
+    assert ("compile-dlkernels" in record["failed"]) is (ours == 2.0)

@@ -92,12 +92,14 @@ class Source:
             self._visit(self.tree.body)
 
     def _can_be_compiled(self) -> bool:
-        """Free variables can be given again, and no name is mangled."""
+        """Free variables can be given again, no name is mangled, and variables are the function's own."""
         if not inspect.isfunction(self.function) or inspect.isgeneratorfunction(self.function):
             return False
         if set(self.function.__code__.co_freevars) - {"__class__"}:
             return False
         assert self.tree is not None
+        if any(isinstance(n, ast.Global | ast.Nonlocal) for n in ast.walk(self.tree)):
+            return False
         names = {n.attr for n in ast.walk(self.tree) if isinstance(n, ast.Attribute)}
         names |= {n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)}
         return not any(name.startswith("__") and not name.endswith("__") for name in names)

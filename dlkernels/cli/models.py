@@ -163,8 +163,11 @@ def describe(setting: steps.Setting, base: torch.nn.Module) -> dict[str, Any]:
 
 
 def agree(record: dict[str, Any], made: list[steps.Candidate], exact: steps.Candidate, dtype: torch.dtype) -> None:
-    """Hold every candidate's losses to eager's; a compiled one that differs is dropped, one of ours is refused."""
-    eager, wrong = made[0], []
+    """Hold every candidate's losses to eager's; a compiled one that differs is dropped, one of ours is refused.
+
+    Where torch.compile alone differs from eager, our backend is held to it: the difference is the compiler's.
+    """
+    eager, wrong, compiled = made[0], [], None
     for candidate in list(made):
         if candidate.report is not None:
             reasons = sorted({reason for *_, reason in candidate.report.skipped})
@@ -177,6 +180,14 @@ def agree(record: dict[str, Any], made: list[steps.Candidate], exact: steps.Cand
         if not share <= 1:
             if candidate.name == "compile":  # nothing of ours
                 record["failed"][candidate.name] = words
+                made.remove(candidate)
+                compiled = candidate
+            elif (
+                candidate.name == "compile-dlkernels"
+                and compiled is not None
+                and steps.disagreement(candidate, compiled, compiled, dtype)[0] <= 1
+            ):
+                record["failed"][candidate.name] = f"as torch.compile alone: {words}"
                 made.remove(candidate)
             else:
                 wrong.append(f"{candidate.name}: {words}")
