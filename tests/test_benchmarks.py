@@ -537,7 +537,8 @@ def test_gate_rehearses(tmp_path: Path) -> None:
         ["graph", "bench", "ncu", "sanitize", "report"], "passed"
     )
     families = {family.name for family in gate_worker.FAMILIES}
-    assert families == {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    benches = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert families == benches - {"models"}, "whole models need libraries that a GPU machine may not have"
     assert len(list(tmp_path.iterdir())) <= 2 + 3 * len(families), "gate.json, gate.log; JSON and two plots each"
     for family in families:
         assert len(json.loads((tmp_path / f"{family}.json").read_text())["records"]) == 1
