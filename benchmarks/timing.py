@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import itertools
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dlkernels.testing import no_gc
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself otherwise
 Call = Callable[[int], Any]
@@ -40,19 +41,6 @@ def settle_allocator() -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-@contextlib.contextmanager
-def no_gc() -> Iterator[None]:
-    """Collect once, then keep the collector out of the samples."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def summary(samples: list[float]) -> dict[str, float]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._swap._activations import qualified
-from ._swap._classes import is_served
 from ._swap._rules import Rule, unknown_forward
+from ._swap._tensors import is_served
 from .ops.group_norm import group_norm
 
 TESTED = "0.17"  # the interface differs between minor versions

@@ -123,9 +123,7 @@ class _Plan:
         for hook in module._forward_pre_hooks.values():
             self._hook(path, module, hook)
         if issubclass(cls, Fused):
-            start = getattr(cls, "_dlkernels_start", None)
-            if start is not None:
-                self._starts[id(module)] = start
+            self._note_start(module, cls)
             return True
         found = families.rule_of(cls)
         if found is None and self._center_loss(path, module):
@@ -144,10 +142,14 @@ class _Plan:
             return True
         new = families.class_for(cls, families.rule_key(name))
         self.changes.append((path, module, new, rule.family))
-        start = rule.members.get("_dlkernels_start")
+        self._note_start(module, new)
+        return True
+
+    def _note_start(self, module: nn.Module, cls: type) -> None:
+        """Whether a module of this class can take along what follows it, and as what."""
+        start = getattr(cls, "_dlkernels_start", None)
         if start is not None:
             self._starts[id(module)] = start
-        return True
 
     def _center_loss(self, path: str, module: nn.Module) -> bool:
         """Plan for a center loss, which is known by what it computes; whether it looks like one."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import math
 import mmap
@@ -31,6 +32,7 @@ __all__ = [
     "error_budget",
     "guard_page",
     "layouts",
+    "no_gc",
     "num_threads",
     "poisoned_empty",
     "relative_error",
@@ -299,3 +301,16 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def no_gc() -> Iterator[None]:
+    """Collect once, then keep the collector out of what is timed in a `with` block."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

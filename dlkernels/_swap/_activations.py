@@ -52,11 +52,6 @@ def activation_of(module: Any) -> str | None:
     return name if name in ACTIVATIONS else None
 
 
-def gate_of(module: Any) -> str | None:
-    name = name_of(module)
-    return name if name in GATES else None
-
-
 _OF_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import center_loss
-from ._classes import is_served
+from ._tensors import is_served
 
 LARGEST = 10**7  # elements of centers that a probe makes in float64
 TOLERANCE = 1e-12

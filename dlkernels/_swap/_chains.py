@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._activations import activation_of, activation_of_call
-from ._classes import is_served, plain
+from ._classes import plain
+from ._tensors import is_served
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 ADDITIONS = ("add", "radd", "iadd")

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Key = tuple[Any, ...]  # what a class is made from beside the original: (family, ...), picklable
 
@@ -83,20 +81,3 @@ def plain(*modules: Any) -> bool:
     if torch_module._has_any_global_hook() or torch._C._get_tracing_state() is not None:
         return False
     return not any("forward" in m.__dict__ or m._compiled_call_impl is not None for m in modules)
-
-
-def is_served(x: Any) -> bool:
-    """Whether a value is a tensor that our ops take: a plain one on a CPU or a CUDA device, not a DTensor."""
-    if x.__class__ is not torch.Tensor and (not isinstance(x, torch.Tensor) or is_traceable_wrapper_subclass(x)):
-        return False
-    return x.is_floating_point() and x.device.type in ("cpu", "cuda") and torch._C._get_tracing_state() is None
-
-
-def child(module: nn.Module, path: str) -> Any:
-    """The submodule at a dotted path, or None: faster than `get_submodule`."""
-    m: Any = module
-    for name in path.split("."):
-        m = m._modules.get(name)
-        if m is None:
-            return None
-    return m

@@ -76,6 +76,7 @@ def center_key(convention: str) -> Key:
 
 
 recognise_center_loss = _center_loss.recognise
+class_for_hook = _weight_norm.class_for_hook
 
 
 def is_sequence(cls: type) -> bool:
@@ -97,11 +98,6 @@ def live_spans(module: nn.Module, starts: dict[int, str]) -> tuple[Span, ...]:
         for i, j in spans(module, [op.form for _, op in steps.operations()], starts):
             found.append((number, i, names[i:j]))
     return tuple(found)
-
-
-def class_for_hook(hook: Any) -> type | None:
-    """The class for an object among the hooks of a module, if it is one of ours to swap."""
-    return _weight_norm.class_for_hook(hook)
 
 
 __all__ = [

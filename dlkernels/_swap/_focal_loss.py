@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.focal_loss import sigmoid_focal_loss
-from ._classes import Fused, is_served
+from ._classes import Fused
 from ._rewrite import compiled
 from ._rules import Rule, fingerprint, parse
+from ._tensors import is_served
 
 FAMILY = "focal_loss"
 NAME = "sigmoid_focal_loss"  # in all of these modules

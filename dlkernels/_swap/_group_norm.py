@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..ops.group_norm import group_norm
 from ._activations import activation_of
 from ._chains import Rest, is_identity
-from ._classes import Fused, is_served, plain
+from ._classes import Fused, plain
 from ._rules import Rule, mixed_dtypes
+from ._tensors import is_served
 
 FAMILY = "group_norm"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import linecache
@@ -66,15 +67,19 @@ class _Bare(ast.NodeTransformer):
         return ast.Assign(targets=[node.target], value=node.value)
 
 
+@functools.lru_cache(maxsize=1024)
+def _source(function: Any) -> str:
+    """What inspect.getsource finds, which would look through every loaded module for it; kept, as it takes a while."""
+    code = function.__code__
+    return "".join(inspect.getblock(linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]))
+
+
 def parse(function: Any) -> ast.FunctionDef | None:
     """The syntax tree of a function, without the wrappers around it; None when its source is not there."""
     try:
-        code = inspect.unwrap(function).__code__
-        # inspect.getsource would look through every loaded module for the function's.
-        lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
-        source = "".join(inspect.getblock(lines))
+        source = _source(inspect.unwrap(function))
         tree = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source)
-    except (AttributeError, SyntaxError, ValueError):
+    except (AttributeError, SyntaxError, TypeError, ValueError):
         return None
     if not tree.body:
         return None

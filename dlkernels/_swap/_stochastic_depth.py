@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..ops.stochastic_depth import stochastic_depth
 from ._chains import Rest
-from ._classes import Fused, is_served
+from ._classes import Fused
 from ._rules import Rule, fingerprint
+from ._tensors import is_served
 
 FAMILY = "stochastic_depth"
 Draw = Callable[[Any, Tensor], tuple[float, str, Tensor | None]]  # (module, x) -> p, mode, noise or None

@@ -19,3 +19,13 @@ def traced(x: Any) -> bool:
 def plain_tensor(x: Any) -> bool:
     """A tensor of no subclass, strided."""
     return (type(x) in TENSORS or traced(x)) and x.layout is torch.strided
+
+
+def is_served(x: Any) -> bool:
+    """Whether a value is a tensor that our ops take, on a CPU or a CUDA device, and no trace is being made."""
+    return (
+        plain_tensor(x)
+        and x.is_floating_point()
+        and x.device.type in ("cpu", "cuda")
+        and torch._C._get_tracing_state() is None
+    )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import importlib
 import math
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import dlkernels as dk
 
+from ..testing import no_gc
 from ._models import Spec
 
 CHECKED = 3  # steps whose losses are compared
@@ -201,7 +201,7 @@ def disagreement(candidate: Candidate, eager: Candidate, exact: Candidate, dtype
 def measure(candidates: list[Candidate], device: str, rounds: int, on_round: Callable[[], None]) -> None:
     """One step of each per round, the order rotated, so that what disturbs hits all alike."""
     clock = _on_cuda if device == "cuda" else _on_cpu
-    with _no_gc():
+    with no_gc():
         for r in range(rounds):
             turn = r % len(candidates)
             for candidate in candidates[turn:] + candidates[:turn]:
@@ -223,18 +223,6 @@ def _on_cuda(step: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e-3
-
-
-@contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
