@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benchmarks" / "results" / "local" / "tests.json"
-WATCHED = ("dlkernels/**/*.py", "dlkernels/_C*", "csrc/**/*", "tests/conftest.py")
+WATCHED = ("dlkernels/**/*.py", "dlkernels/_C*", "csrc/**/*", "tests/conftest.py", "tests/needs.py")
 FOLDERS = ("ops", "optim")  # of tests/
 TIMEOUT_S = 1500
 

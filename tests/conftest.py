@@ -1,7 +1,8 @@
 """Options, fixtures and the rule that a required check is never skipped.
 
     pytest tests                                  everything a CPU can show
-    pytest tests --device cuda                    the same contract on a GPU
+    pytest tests --device cuda                    the same contract on a GPU: the tests that touch the device, no others
+    pytest tests --device cuda --all-tests        and the rest, which says there what it says on a CPU
     DLKERNELS_REQUIRE=cpp,interpreter pytest ...  a check skipped for want of one of these fails instead
 
 A test says what it cannot do without: `@pytest.mark.needs("cpp")`, or by skipping with a reason that says "needs cpp".
@@ -9,97 +10,46 @@ A test says what it cannot do without: `@pytest.mark.needs("cpp")`, or by skippi
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
+from needs import NEEDS, must_not_skip, required, without, without_gpu
 
 import dlkernels as dk
 from dlkernels import _backend
 
 
-def _without_gpu() -> str:
-    return "" if torch.cuda.is_available() else "no CUDA device is visible"
-
-
-def _without_interpreter() -> str:
-    return _backend.triton_missing() or ("" if _backend.interpreting() else "TRITON_INTERPRET=1 is not set")
-
-
-def _without_aot() -> str:
-    if _backend.triton_missing():
-        return _backend.triton_missing()
-    return "Triton's compiler is off under TRITON_INTERPRET=1" if _backend.interpreting() else ""
-
-
-def _without(module: str) -> str:
-    return "" if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
-def _without_hosts() -> str:
-    missing = [name for name in ("lightning", "transformers", "accelerate") if _without(name)]
-    return f"not installed: {', '.join(missing)}" if missing else ""
-
-
-def _without_real() -> str:
-    names = ("timm", "torchvision", "transformers", "diffusers", "monai", "segmentation_models_pytorch")
-    missing = [name for name in (*names, "dynamic_network_architectures") if _without(name)]
-    return f"not installed: {', '.join(missing)}; `make test-real` has an environment for it" if missing else ""
-
-
-# What a check may need -> the reason why it is missing, or "".
-NEEDS: dict[str, Callable[[], str]] = {
-    "cpp": lambda: _backend.C_MISSING,
-    "gpu": _without_gpu,
-    "interpreter": _without_interpreter,
-    "aot": _without_aot,
-    "nvcc": lambda: "" if shutil.which("nvcc") else "nvcc is not on PATH",
-    "compiler": lambda: "" if shutil.which("g++") or shutil.which("c++") else "no C++ compiler is on PATH",
-    "hypothesis": lambda: _without("hypothesis"),
-    "hosts": _without_hosts,
-    "real": _without_real,
-    "twin": lambda: _backend.cuda_missing("cpu"),
-}
-
-
-def required() -> set[str]:
-    """The names in DLKERNELS_REQUIRE; "all" turns every skip into a failure."""
-    names = {name.strip() for name in os.environ.get("DLKERNELS_REQUIRE", "").split(",") if name.strip()}
-    unknown = names - NEEDS.keys() - {"all"}
-    if unknown:
-        raise pytest.UsageError(
-            f"DLKERNELS_REQUIRE must name some of {', '.join(NEEDS)} or all, got {', '.join(unknown)}"
-        )
-    return names
-
-
-def must_not_skip(needs: set[str], reason: str) -> bool:
-    """Whether a check that skipped with `reason`, marked as needing `needs`, has to fail instead."""
-    if "by design" in reason:
-        return False  # not for want of anything
-    names = required()
-    said = {name for name in NEEDS if f"needs {name}" in reason}  # of several needs, the one that was missing
-    return "all" in names or bool(names & (said or needs))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the ops under test run")
+    parser.addoption("--all-tests", action="store_true", help="with --device cuda: also what never touches the device")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
     config.addinivalue_line("markers", "gpu: runs on a CUDA device only, with --device cuda")
-    config.addinivalue_line("markers", "needs(*names): what the check cannot do without; see tests/conftest.py")
+    config.addinivalue_line("markers", "needs(*names): what the check cannot do without; see tests/needs.py")
     required()
-    if not _without("hypothesis"):
+    if not without("hypothesis"):
         from hypothesis import settings
 
         settings.register_profile("dlkernels", deadline=None, derandomize=True, max_examples=60, print_blob=True)
         settings.load_profile("dlkernels")
+
+
+def touches_device(item: pytest.Item) -> bool:
+    return "device" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu") is not None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Time on a GPU is dear: the rest has been run on a CPU."""
+    if config.getoption("--device") == "cpu" or config.getoption("--all-tests"):
+        return
+    if others := [item for item in items if not touches_device(item)]:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if touches_device(item)]
 
 
 def _needs_of(item: pytest.Item) -> set[str]:
@@ -148,8 +98,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the ops under test run: --device."""
     name = request.config.getoption("--device")
-    if name == "cuda" and _without_gpu():
-        pytest.skip(f"needs gpu: {_without_gpu()}")
+    if name == "cuda" and without_gpu():
+        pytest.skip(f"needs gpu: {without_gpu()}")
     return torch.device(name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NEEDS, must_not_skip
+from needs import NEEDS, must_not_skip
 
 import dlkernels as dk
 from dlkernels import testing
@@ -320,7 +320,8 @@ def test_a_required_check_is_never_skipped(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_required_check_fails_in_a_run(tmp_path: Path) -> None:
     """The whole way: a skipped test, a skipped module and a plain pass, with and without the variable."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for name in ("conftest.py", "needs.py"):
+        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     (tmp_path / "test_skips.py").write_text(
         "import pytest\n"
         "@pytest.mark.needs('gpu')\ndef test_marked(): raise AssertionError('ran without a GPU')\n"

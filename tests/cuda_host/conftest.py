@@ -9,19 +9,17 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from _machines import MACHINES, SEED
 from torch import Tensor
 
 import dlkernels as dk
 from dlkernels import _backend
 from dlkernels.testing import poisoned_empty
-
-SEED = int(os.environ.get("DLKERNELS_HOST_SEED", random.randrange(1 << 32)))
 
 
 def pytest_report_header() -> str:
@@ -32,15 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda_host" in item.path.parts:
             item.add_marker(pytest.mark.needs("twin"))
-
-
-# Arguments of the twin's machine(): arch, multiprocessors, shared memory of a block and of a multiprocessor, its
-# threads, L2.
-MACHINES = {
-    "h200": (90, 132, 232448, 233472, 2048, 50 << 20),
-    "a100": (80, 108, 166912, 167936, 2048, 40 << 20),
-    "t4": (75, 40, 65536, 65536, 1024, 4 << 20),
-}
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MACHINES
+from _machines import MACHINES
 
 HERE = Path(__file__).parent
 FIELDS = [

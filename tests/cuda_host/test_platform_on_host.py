@@ -8,7 +8,7 @@ from pathlib import Path
 
 import _twin
 import pytest
-from conftest import SEED
+from _machines import SEED
 
 CHECKS = (
     "alignment",
