@@ -18,6 +18,9 @@ export PYTHONPATH := $(CURDIR)
 MAX_JOBS ?= 2
 export MAX_JOBS
 
+# make gpu: BUDGET=seconds in all, OUT=folder, STAGES=build,test,...; it has the machine to itself, hence all of its cores.
+gpu: MAX_JOBS := $(if $(filter file,$(origin MAX_JOBS)),$(shell nproc),$(MAX_JOBS))
+
 .PHONY: demo test test-python test-interpreter test-cuda-host test-real bench gpu lint format build clean help
 
 help:

@@ -130,7 +130,10 @@ def _eager_update(x: Tensor, y: Tensor, c: Tensor, a: Tensor | None) -> None:
     pulls = pulls if a is None else a * pulls
     if c.shape[0] <= x.shape[0]:
         sums = torch.zeros_like(c).index_add_(0, y, pulls)
-        counts = torch.bincount(y, minlength=c.shape[0])
+        if c.is_cuda:  # where bincount waits for the device, and no graph can hold it
+            counts = y.new_zeros(c.shape[0]).index_add_(0, y, y.new_ones(len(y)))
+        else:
+            counts = torch.bincount(y, minlength=c.shape[0])
         c -= ALPHA * sums / (1 + counts[:, None])
         return
     present, inverse, counts = y.unique(return_inverse=True, return_counts=True)

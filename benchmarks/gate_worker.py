@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ import bench_sgdw
 import bench_squeeze_excite
 import bench_stochastic_depth
 import bench_weight_norm
-import guard
-import report
+import gate_bench
+import gate_state as state
 import timing
 import torch
-from harness import Case, Family, make_call, make_inputs, run_case
+from harness import Case, Family, make_call, make_inputs
 from parity import as_tuple, evaluate
 from torch import Tensor
 
@@ -37,25 +36,6 @@ FAMILIES: list[Family] = [
         bench_squeeze_excite, bench_weight_norm, bench_stochastic_depth, bench_adamw, bench_sgdw,
     )
 ]  # fmt: skip
-
-
-@contextlib.contextmanager
-def no_sync(device: str) -> Iterator[None]:
-    """Any operation that waits for the device raises."""
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def save(path: Path, data: Any) -> None:
-    """Whole or not at all: a stage may be killed at any time."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1, default=str) + "\n")
-    part.replace(path)
 
 
 # graph ----------------------------------------------------------------------------------------------------------------
@@ -72,7 +52,7 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
     with torch.set_grad_enabled(case.backward):
         gpu.warm(lambda: call(0))
         gpu.synchronize()
-        with no_sync(gpu.device):
+        with gpu.no_sync():
             call(0)
         graph = gpu.capture(lambda: call(0))
         with torch.no_grad():
@@ -90,7 +70,7 @@ def graph_step(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
     static, other = (make_inputs(family, case, gpu.device, seed) for seed in (1, 2))
     captured, expected, again = (function(*tensors) for tensors in (static, other, other))
     gpu.warm(lambda: [step.run() for step in (captured, expected, again)])
-    with no_sync(gpu.device):
+    with gpu.no_sync():
         captured.run()
     graph = gpu.capture(captured.run)
     captured.become(expected)
@@ -114,104 +94,67 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def run_each(
-    run: Callable[[Family, Case], dict[str, Any]], cases: Callable[[Family], Any], out: Path, limit: int
-) -> int:
-    """`run` on each case; a case that raises is a failure, not the end. Results are saved as they come."""
-    rows: list[dict[str, Any]] = []
-    for family in FAMILIES:
-        for case in list(cases(family))[:limit]:
-            try:
-                rows.append(run(family, case))
-            except Exception as error:
-                rows.append(
-                    {
-                        "case": case.name,
-                        "passed": False,
-                        "why": f"{type(error).__name__}: {error}".splitlines()[0][:300],
-                    }
-                )
-            print(("ok    " if rows[-1]["passed"] else "FAIL  ") + str(rows[-1]), flush=True)
-            save(out, rows)
-    return 0 if rows and all(r["passed"] for r in rows) else 1
+    run: Callable[[Family, Case], dict[str, Any]], cases: Callable[[Family], Any], out: Path, limit: int,
+    gpu: timing.Cuda | None = None, seconds: float = math.inf,
+) -> int:  # fmt: skip
+    """`run` on each case, families in turn; a case that raises is a failure, not the end. Rows are saved as they come.
 
-
-# bench ----------------------------------------------------------------------------------------------------------------
-
-
-def bench(gpu: timing.Cuda, out: Path, limit: int, rehearse: bool, seconds: float) -> int:
-    """Measure until done or out of time, continuing what an earlier run on the same sources left."""
-    status = 0
+    Rows that an earlier process left in `out` are kept: it had lost its GPU.
+    """
     deadline = time.monotonic() + seconds
-    for family in FAMILIES:
-        path = out / f"{family.name}.json"
-        why = "" if rehearse else guard.why_tests_fail(family.name, "cuda")
-        cases = list(family.gate_cases)[:limit] if rehearse else sorted(
-            family.selected("cuda"), key=lambda case: case not in family.gpu_cases)  # fmt: skip
-        key = "" if rehearse else guard.fingerprint(family.name, "cuda")
-        done = _continued(path, key)
-        curve = done["copy"]["curve"] if done else timing.copy_curve(gpu.device, (1 << 20) if rehearse else None)
-        records = done["records"] if done else []
-        names = {r["name"] for r in records}
-        for case in cases:
-            if case.name in names:
-                continue
-            if time.monotonic() > deadline:
-                print(f"out of time: {len(records)} of {len(cases)} cases; run the stage again to continue", flush=True)
-                status = 3
-                break
-            record = _one(family, case, gpu, curve, why, rehearse)
-            records.append(record)
-            status = status or int(bool(record["refused"]))
-            doc = report.document(family.name, gpu.device, records, curve, "failed" if why else "passed")
-            save(path, doc | {"fingerprint": key})
-            print(" | ".join(report.row(record)), flush=True)
-    return status
-
-
-def _one(family, case, gpu, curve, why, rehearse) -> dict[str, Any]:
-    if why:
-        return {"name": case.name, "op": case.op, "refused": why, "candidates": {}}
-    try:
-        record, _ = run_case(family, case, gpu.device, curve, compile=not rehearse, gpu=gpu)
-        return record
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        return {"name": case.name, "op": case.op, "refused": f"did not run: {reason}", "candidates": {}}
-
-
-def _continued(path: Path, key: str) -> dict[str, Any] | None:
-    try:
-        doc = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return doc if key and doc.get("fingerprint") == key else None
+    rows: list[dict[str, Any]] = state.load(out, [])
+    names = {row["case"] for row in rows}
+    todo = gate_bench.in_turn([(family, case) for case in list(cases(family))[:limit]] for family in FAMILIES)
+    for family, case in (pair for pair in todo if pair[1].name not in names):
+        if time.monotonic() > deadline:
+            print(f"out of time: {len(rows)} of {len(todo)} cases", flush=True)
+            return state.OUT_OF_TIME
+        try:
+            rows.append(run(family, case))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            rows.append({"case": case.name, "passed": False, "why": why, "marked": getattr(error, "marked", False)})
+        print(("ok    " if rows[-1]["passed"] else "FAIL  ") + str(rows[-1]), flush=True)
+        state.save(out, rows)
+        if gpu is not None and not gpu.alive():
+            return state.LOST
+    return state.DONE if rows and all(r["passed"] for r in rows) else state.SOME_FAILED
 
 
 # ncu, sanitize --------------------------------------------------------------------------------------------------------
 
 
-def traffic(gpu: timing.Cuda, out: Path, limit: int, rehearse: bool) -> int:
-    """One large case per kernel, each after a marker kernel, for the profiler around this process."""
+def traffic(gpu: timing.Cuda, out: Path, limit: int, rehearse: bool, seconds: float) -> int:
+    """One large case per kernel, each after a marker kernel, for the profiler around this process.
+
+    It ends by itself in time: a profiler that is killed prints nothing.
+    """
 
     def run(family: Family, case: Case) -> dict[str, Any]:
         call = make_call(case, family.ours(case), [make_inputs(family, case, gpu.device)])
         with torch.set_grad_enabled(case.backward):
             call(0)  # compiles
             gpu.synchronize()
-            if not rehearse:
-                torch.cuda.cudart().cudaProfilerStart()
-                torch.cuda._sleep(1)
-            call(0)
-            gpu.synchronize()
-            if not rehearse:
-                torch.cuda.cudart().cudaProfilerStop()
-                torch.cuda.empty_cache()
-        return {"case": case.name, "declared": family.bytes(case), "passed": True}
+            try:
+                if not rehearse:
+                    torch.cuda.cudart().cudaProfilerStart()
+                    torch.cuda._sleep(1)
+                call(0)
+                gpu.synchronize()
+                if not rehearse:
+                    torch.cuda.cudart().cudaProfilerStop()
+            except Exception as error:
+                error.marked = True  # its marker is among the launches, which are counted off
+                raise
+        del call
+        gpu.release()
+        return {"case": case.name, "declared": family.bytes(case), "passed": True, "marked": True}
 
-    return run_each(run, lambda family: family.gate_cases if rehearse else family.traffic_cases, out, limit)
+    cases = lambda family: family.gate_cases if rehearse else family.traffic_cases  # noqa: E731
+    return run_each(run, cases, out, limit, gpu, seconds)
 
 
-def small(gpu: timing.Cuda, out: Path, limit: int) -> int:
+def small(gpu: timing.Cuda, out: Path, limit: int, seconds: float) -> int:
     """Every op and way of giving targets, small and ragged, for the sanitizer around this process."""
 
     def run(family: Family, case: Case) -> dict[str, Any]:
@@ -219,28 +162,35 @@ def small(gpu: timing.Cuda, out: Path, limit: int) -> int:
         gpu.synchronize()
         return {"case": case.name, "passed": True}
 
-    return run_each(run, lambda family: family.gate_cases, out, limit)
+    return run_each(run, lambda family: family.gate_cases, out, limit, gpu, seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("task", choices=("graph", "bench", "traffic", "small"))
-    parser.add_argument("--out", type=Path, required=True, help="a JSON file; for bench a folder")
+    parser.add_argument("task", choices=("graph", "bench", "warm", "traffic", "small"))
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file; for bench and warm a folder")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--limit", type=int, default=10**6)
     parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--key", default="", help="bench: of the sources; rows of others are not continued")
+    parser.add_argument("--crashed", default="", help="bench: how the process before this one ended")
+    parser.add_argument("--part", default="0/1", help="warm: i/n, every n-th row from the i-th on")
     options = parser.parse_args()
     gpu = timing.Rehearsal() if options.rehearse else timing.Cuda()
     if options.rehearse:
         torch.set_num_threads(1)
         FAMILIES[:] = [dataclasses.replace(family, peers=()) for family in FAMILIES]  # they take seconds to import
+    out, limit, seconds = options.out, options.limit, options.seconds
     if options.task == "graph":
-        return run_each(lambda f, c: graph_case(f, c, gpu), lambda f: f.gate_cases, options.out, options.limit)
+        return run_each(lambda f, c: graph_case(f, c, gpu), lambda f: f.gate_cases, out, limit, gpu, seconds)
     if options.task == "bench":
-        return bench(gpu, options.out, options.limit, options.rehearse, options.seconds)
+        return gate_bench.bench(gpu, out, FAMILIES, options.rehearse, limit, seconds, options.key, options.crashed)
+    if options.task == "warm":
+        index, count = map(int, options.part.split("/"))
+        return gate_bench.warm(gpu, out, FAMILIES, options.rehearse, limit, (index, count), options.key)
     if options.task == "traffic":
-        return traffic(gpu, options.out, options.limit, options.rehearse)
-    return small(gpu, options.out, options.limit)
+        return traffic(gpu, out, limit, options.rehearse, seconds)
+    return small(gpu, out, limit, seconds)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ def remember(family: str, device: str) -> None:
     CACHE.write_text(json.dumps(_remembered() | {f"{family} {device}": fingerprint(family, device)}, indent=1))
 
 
+def passed_before(family: str, device: str) -> bool:
+    return _remembered().get(f"{family} {device}") == fingerprint(family, device)
+
+
 def why_tests_fail(family: str, device: str = "cpu") -> str:
     """Empty when the family's tests pass on this device, else the reason in one line. A pass is remembered."""
     if why := why_not_built(device):

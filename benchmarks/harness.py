@@ -160,6 +160,22 @@ class Family:
     draws: Callable[[Case, str, torch.Generator], tuple[Tensor, ...]] = lambda case, device, generator: ()
     compiles: bool = True
 
+    def headline(self, most: int = 4) -> list[Case]:
+        """What to measure first: of the cases that fill a GPU the first of each op, then of each kind; by direction."""
+        chosen: list[Case] = []
+        kinds = (
+            lambda case: case.op,
+            lambda case: (case.op, case.dtype, case.layout, case.targets, [name for name, _ in case.options]),
+        )
+        for direction in dict.fromkeys(case.direction for case in self.gpu_cases):
+            mine: list[Case] = []
+            for kind in kinds:
+                for case in self.gpu_cases:
+                    new = case.direction == direction and kind(case) not in [kind(other) for other in mine]
+                    mine += [case] if new and len(mine) < most else []
+            chosen += mine
+        return chosen
+
     def bytes(self, case: Case) -> int:
         return self.bytes_fwd(case) + (self.bytes_bwd(case) if case.backward else 0)
 
@@ -296,11 +312,13 @@ def run_case(
         tensors = make_inputs(family, case, device)
         record = _describe(family, case, absent)
         dropped = _drop_failing(case, functions, tensors)
+        compiled = time.perf_counter()
         record["correct"] = verdict = check(family, case, functions, tensors, make_draws(family, case, device))
         for name, error in verdict["not_same"].items():
             del functions[name]
             dropped[name] = f"result differs by {error:.1e}: not measured"
         record["dropped"] = dropped
+        record["seconds_by"] = {"compile": compiled - started, "check": time.perf_counter() - compiled}
         if verdict["failures"]:
             record["refused"] = "wrong result: " + "; ".join(verdict["failures"])
             return record, {}
@@ -352,7 +370,9 @@ def _measure_cpu(case, functions, tensors, record, budget_s) -> dict[str, list[f
 def _measure_gpu(family, case, functions, record, gpu) -> dict[str, list[float]]:
     count, cold = timing.buffer_sets(gpu, family.bytes(case))
     sets = [make_inputs(family, case, gpu.device, seed) for seed in range(count)]
-    calls = {name: make_call(case, function, sets) for name, function in functions.items()}
+    # Ours first: a peer that breaks a capture takes none of the others with it.
+    ordered = sorted(functions, key=lambda name: name != OURS)
+    calls = {name: make_call(case, functions[name], sets) for name in ordered}
     peaks = {}
     for name, call in calls.items():
         _forget_grads(sets[0])
@@ -362,7 +382,7 @@ def _measure_gpu(family, case, functions, record, gpu) -> dict[str, list[float]]
     latency = timing.call_latency(gpu, calls, count)
     samples, failed = timing.device_time(gpu, calls, count)
     record.update(buffer_sets=count, l2="cold" if cold else "hot")
-    for name in calls:
+    for name in functions:
         entry = latency[name] | {"peak_bytes": peaks[name]}
         if name in samples:
             entry |= timing.summary(samples[name])

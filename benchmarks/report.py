@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -27,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "dlkernels"
 FUSED = "torch fused"
+NOT_RESULTS = ("tests", "gate", "copy", "results", "pytest_benchmark")
 Record = dict[str, Any]
 
 # The document ---------------------------------------------------------------------------------------------------------
@@ -53,6 +55,7 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of the checkout, with a + when files differ from it; empty outside git."""
     try:
@@ -96,7 +99,8 @@ def write(doc: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _plots(doc: dict[str, Any], directory: Path) -> list[Path]:
-    if not any(OURS in r["candidates"] for r in doc["records"]):
+    doc = valid(doc)
+    if not any(OURS in r["candidates"] and not r["refused"] for r in doc["records"]):
         return []
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plots")
@@ -104,6 +108,14 @@ def _plots(doc: dict[str, Any], directory: Path) -> list[Path]:
     import plots
 
     return plots.draw(doc, directory)
+
+
+def valid(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with every row refused where the family's tests fail: measured all the same, but no result."""
+    if doc["tests"] != "failed":
+        return doc
+    why = f"tests fail: {doc.get('tests_why', '')}"[:300]
+    return doc | {"records": [r | {"refused": r["refused"] or why} for r in doc["records"]]}
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -203,6 +215,7 @@ def geomean(records: list[Record], base: str, key: str = "time_us") -> float | N
 
 
 def conclusion(doc: dict[str, Any]) -> str:
+    doc = valid(doc)
     records = [r for r in doc["records"] if not r["refused"]]
     refused = len(doc["records"]) - len(records)
     parts = [f"{len(records)} cases"] + ([f"{refused} REFUSED"] if refused else [])
@@ -260,6 +273,7 @@ def peers(doc: dict[str, Any]) -> list[str]:
 
 def show(doc: dict[str, Any]) -> None:
     """The table on the terminal, with rich where it is installed."""
+    doc = valid(doc)
     print(f"\n{doc['family']}: {machine(doc)}")
     if doc["family"] == model_table.FAMILY:
         _show_rows(model_table.HEADER, [model_table.row(r) for r in doc["records"]], "", model_table.DROPPED)
@@ -319,6 +333,7 @@ def _show_rows(header: list[str], rows: list[list[str]], title: str, dropped: An
 
 def markdown(doc: dict[str, Any], directory: Path | None = None) -> str:
     """One family's section on one device: machine, conclusion, plots, table with its losing rows."""
+    doc = valid(doc)
     if doc["family"] == model_table.FAMILY:
         return model_table.markdown(doc, machine(doc) + _busy(doc))
     lines = [f"### {doc['family']}", "", f"**{machine(doc)}**: {conclusion(doc)}.", ""]
@@ -356,7 +371,7 @@ def rewrite_readme(readme: Path, documents: list[tuple[Path, dict[str, Any]]]) -
 
 
 def committed() -> list[Path]:
-    return sorted(p for p in RESULTS.glob("*/*.json") if p.parent.name != "local" and p.stem != "gate")
+    return sorted(p for p in RESULTS.glob("*/*.json") if p.parent.name != "local" and p.stem not in NOT_RESULTS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -365,9 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", action="store_true", help=f"rewrite README.md between {BEGIN} and {END}")
     parser.add_argument("--plots", action="store_true", help="draw the plots again, beside the JSON")
     options = parser.parse_args(arguments)
-    local = [
-        p for p in sorted((RESULTS / "local").glob("*.json")) if p.stem not in ("tests", "gate", "pytest_benchmark")
-    ]
+    local = [p for p in sorted((RESULTS / "local").glob("*.json")) if p.stem not in NOT_RESULTS]
     paths = options.json or (committed() if options.readme else local)
     if not paths:
         print("no results: run `make bench` first")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ MIN_ROUNDS, MAX_ROUNDS = 10, 400
 BLOCK_S = 400e-6  # a CPU sample is the mean over a block of calls at least this long
 GRAPH_S = 300e-6  # a GPU sample is the mean over a graph replay of about this long
 SETTLED, PATIENCE = 0.03, 2.0  # more rounds, for up to two budgets, while even and odd rounds differ by over 3 %
-REPLAYS = 30
-LATENCY_CALLS = 200
+REPLAYS, MIN_REPLAYS = 30, 10
+REPLAY_S = 1.0  # a candidate's replays are fewer than REPLAYS where they would take longer
+LATENCY_CALLS, LATENCY_S = 200, 20e-3  # a block of calls; fewer, where so many would take longer
 
 
 def settle_allocator() -> None:
@@ -130,6 +132,29 @@ class Cuda:
     """What the GPU clock needs of torch.cuda; `Rehearsal` stands in for it where there is no GPU."""
 
     device = "cuda"
+    doubtful = ""  # why this process had better not measure another case
+
+    def alive(self) -> bool:
+        """False after an illegal access or a failed launch: nothing runs in this process any more."""
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+        return True
+
+    def release(self) -> None:
+        """What a case has left behind, before the next one."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Any operation that waits for the device raises."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def l2_bytes(self) -> int:
         return torch.cuda.get_device_properties(0).L2_cache_size
@@ -187,6 +212,15 @@ class Rehearsal(Cuda):
         def replay(self) -> None:
             self.kept = self.function()
 
+    def alive(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def l2_bytes(self) -> int:
         return 1 << 12
 
@@ -215,15 +249,24 @@ def buffer_sets(gpu: Cuda, bytes_per_call: int, most: int = 256) -> tuple[int, b
 def device_time(gpu: Cuda, calls: dict[str, Call], sets: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of device time per call: one CUDA graph of calls over all input sets, replays timed by events.
 
-    Returns the samples, and for each candidate that could not be captured the reason.
+    Returns the samples, and for each candidate that could not be captured the reason. What waits for the device is
+    found before its capture: one that fails half way can leave the allocator and the generators of the process in it.
     """
     graphs, failed = {}, {}
     for name, call in calls.items():
         try:
             gpu.warm(lambda call=call: call(0))
+            with gpu.no_sync():
+                call(0)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            gpu.synchronize()
+            continue
+        try:
             graphs[name] = gpu.capture(lambda call=call: [call(i) for i in range(sets)])
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            gpu.doubtful = f"the capture of {name} failed"
             gpu.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     repeat = {}
@@ -232,7 +275,10 @@ def device_time(gpu: Cuda, calls: dict[str, Call], sets: int) -> tuple[dict[str,
         took = _timed_replays(gpu, graph, 1)
         repeat[name] = max(1, math.ceil(GRAPH_S / max(took, 1e-7)))
     names = list(graphs)
+    started = time.perf_counter()
     for r in range(REPLAYS if names else 0):
+        if r >= MIN_REPLAYS and time.perf_counter() - started > REPLAY_S * len(names):
+            break
         for name in names[r % len(names) :] + names[: r % len(names)]:
             samples[name].append(_timed_replays(gpu, graphs[name], repeat[name]) / (repeat[name] * sets))
     return samples, failed
@@ -250,8 +296,9 @@ def _timed_replays(gpu: Cuda, graph: Any, times: int) -> float:
 
 
 def call_latency(gpu: Cuda, calls: dict[str, Call], sets: int, repeats: int = 7) -> dict[str, dict[str, float]]:
-    """Microseconds per call as Python sees it: 200 calls, one sync; `host_us` is the time to enqueue them."""
+    """Microseconds per call as Python sees it: up to 200 calls, one sync; `host_us` is the time to enqueue them."""
     clock = time.perf_counter
+    count = {name: _latency_calls(gpu, call) for name, call in calls.items()}
     total: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
     with no_gc():
@@ -260,16 +307,29 @@ def call_latency(gpu: Cuda, calls: dict[str, Call], sets: int, repeats: int = 7)
                 call(0)
                 gpu.synchronize()
                 start = clock()
-                for i in range(LATENCY_CALLS):
+                for i in range(count[name]):
                     call(i % sets)
                 enqueued = clock()
                 gpu.synchronize()
-                total[name].append((clock() - start) / LATENCY_CALLS)
-                host[name].append((enqueued - start) / LATENCY_CALLS)
+                total[name].append((clock() - start) / count[name])
+                host[name].append((enqueued - start) / count[name])
     return {
-        name: {"latency_us": statistics.median(total[name]) * 1e6, "host_us": statistics.median(host[name]) * 1e6}
+        name: {"latency_us": statistics.median(total[name]) * 1e6, "host_us": statistics.median(host[name]) * 1e6,
+               "latency_calls": count[name]}
         for name in calls
-    }
+    }  # fmt: skip
+
+
+def _latency_calls(gpu: Cuda, call: Call) -> int:
+    """So many that a block takes LATENCY_S at most: one of slow calls is as exact with few of them."""
+    call(0)
+    gpu.synchronize()
+    start = time.perf_counter()
+    for _ in range(3):
+        call(0)
+    gpu.synchronize()
+    once = (time.perf_counter() - start) / 3
+    return max(10, min(LATENCY_CALLS, int(LATENCY_S / max(once, 1e-9))))
 
 
 # The roof: plain copies on this machine -------------------------------------------------------------------------------
