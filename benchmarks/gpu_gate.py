@@ -101,7 +101,8 @@ def test(gate: Gate) -> Outcome:
     command += [word for path in ELSEWHERE if whole for word in ("--ignore", path)]
     if whole and gate.rehearse:
         code, text = gate.run([*command, *target, "--collect-only", "-q"])
-        return (PASSED if code == 0 else FAILED), last_line(text), None
+        count = sum(int(line.rpartition(": ")[2]) for line in text.splitlines() if "::" not in line and ".py: " in line)
+        return (PASSED if code == 0 and count else FAILED), f"{count} tests collected", None
     seen, before = gate.state / "outcomes.jsonl", gate.scratch / "before.jsonl"
     mark = json.dumps({"sources": gate.key})
     held = seen.read_text().splitlines() if seen.exists() else []
@@ -146,10 +147,6 @@ def _pytest(gate: Gate, command: list[str], target: list[str], many: int, seen: 
 def _ended_early(seen: Path, code: int) -> bool:
     lines = seen.read_text().splitlines() if seen.exists() else []
     return code == outcomes.LOST or (bool(lines) and '"finished"' not in lines[-1])
-
-
-def last_line(text: str) -> str:
-    return next((s for s in reversed(text.splitlines()) if " in " in s or "collected" in s), "no summary").strip("= ")
 
 
 def start_warming(gate: Gate, many: int) -> int:

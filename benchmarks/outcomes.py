@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 LOST = 13
-_state = {"lost": False}
+_state = {"watch": False, "lost": False}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whoever only hands out tests has no context to lose.
+    _state["watch"] = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
     if config.getoption("--outcomes") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Writer(Path(config.getoption("--outcomes"))), "outcomes-writer")
 
@@ -55,7 +57,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    _state["lost"] = _state["lost"] or (report.failed and lost())
+    _state["lost"] = _state["lost"] or (_state["watch"] and report.failed and lost())
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,11 +1,10 @@
-"""The benchmarks: cases declare their bytes, results become tables, failing ops are refused, the GPU gate rehearses."""
+"""The benchmarks: cases declare their bytes, results become tables, failing ops are refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +32,6 @@ import bench_sgdw  # noqa: E402
 import bench_squeeze_excite  # noqa: E402
 import bench_stochastic_depth  # noqa: E402
 import bench_weight_norm  # noqa: E402
-import gate_parsers  # noqa: E402
-import gate_worker  # noqa: E402
 import guard  # noqa: E402
 import harness  # noqa: E402
 import parity  # noqa: E402
@@ -279,6 +276,30 @@ def test_gpu_clock_rehearsed() -> None:
     assert entry["rounds"] == timing.REPLAYS
 
 
+def test_a_candidate_on_a_forced_backend(monkeypatch: Any) -> None:
+    """On a GPU, rows that CUDA C++ serves show Triton too: forward and backward on it, and nothing left forced."""
+    seen = []
+
+    def ours(x: Tensor) -> Tensor:
+        seen.append(_backend.state.forced)
+        y = x * 2
+        y.register_hook(lambda g: seen.append(_backend.state.forced))
+        return y.sum()
+
+    case = harness.Case("group_norm", (3,))
+    x = torch.ones(3, requires_grad=True)
+    for call in (
+        lambda: harness.make_call(case, parity.forced("reference", ours), [(x,)])(0),
+        lambda: parity.evaluate(case, parity.forced("reference", ours), (x,)),
+    ):
+        seen.clear()
+        call()
+        assert seen and set(seen[-2:]) == {"reference"}
+        assert _backend.state.forced is None
+    monkeypatch.setattr(_backend, "default_for", lambda device, op=None: "cuda" if op == "group_norm_fwd" else "triton")
+    assert harness.served_by_cuda("group_norm") and not harness.served_by_cuda("gccs_loss")
+
+
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
@@ -428,147 +449,3 @@ def test_bench_writes_pytest_benchmark_json(tmp_path: Path) -> None:
     assert entry["stats"]["min"] * 1e6 == pytest.approx(measured["min_us"])
     assert entry["stats"]["rounds"] == measured["rounds"]
     assert {"bytes", "gbps", "copy_share", "x_eager", "peak_bytes"} <= entry["extra_info"].keys()
-
-
-# GPU gate -------------------------------------------------------------------------------------------------------------
-
-
-def test_ncu_raw_page() -> None:
-    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
-    groups = gate_parsers.by_case(launches, ["sigmoid", "softmax"])
-    assert [len(g) for g in groups.values()] == [2, 2]
-    sigmoid, softmax = gate_parsers.traffic_rows(groups, {"sigmoid": 3 << 30, "softmax": 3 << 30})
-    assert sigmoid["counted"] == 2_148_532_224 + 1_040_187_392 + 4_096 + 128
-    assert sigmoid["passed"] and sigmoid["kernel"] == "_sigmoid_focal_loss_fwd_kernel" and sigmoid["registers"] == 40
-    assert not softmax["passed"] and softmax["ratio"] == pytest.approx(5 / 3, abs=0.01), "a kernel that reads twice"
-    assert softmax["local_bytes"] == 16_384, "spills show"
-
-
-def test_ncu_details_page_and_units() -> None:
-    marker, launch = gate_parsers.ncu_launches((SAMPLES / "ncu_details.csv").read_text())
-    assert gate_parsers.MARKER in marker.kernel
-    assert launch.dram_bytes == pytest.approx(3.19e9) and launch.metrics["gpu__time_duration.sum"] == pytest.approx(
-        786430
-    )
-
-
-def test_ncu_without_results() -> None:
-    with pytest.raises(ValueError, match="LibraryNotLoaded"):
-        gate_parsers.ncu_launches("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n")
-    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
-    with pytest.raises(ValueError, match="2 of 3 cases"):
-        gate_parsers.by_case(launches, ["a", "b", "c"])
-
-
-@pytest.mark.parametrize(
-    ("name", "complete", "count", "ours"),
-    [
-        ("memcheck_clean", True, 0, 0),
-        ("memcheck_bad", True, 2, 1),
-        ("racecheck_bad", True, 1, 1),
-        ("initcheck_torch", True, 1, 0),
-        ("memcheck_killed", False, 0, 0),
-    ],
-)
-def test_sanitizer_logs(name: str, complete: bool, count: int, ours: int) -> None:
-    found = gate_parsers.sanitizer_log((SAMPLES / f"sanitizer_{name}.log").read_text())
-    assert (found.complete, found.count) == (complete, count)
-    assert len(found.findings) == count, found.findings
-    assert len(found.in_kernels({"_softmax_focal_loss_fwd_kernel"})) == ours
-
-
-def test_kernel_names_are_found() -> None:
-    names = gate_parsers.kernel_names()
-    assert {"softmax_focal_kernel", "scale_stored_grad_kernel"} <= names, (
-        "the sanitizer stage must know Triton's and ours"
-    )
-    for path in (ROOT / "csrc" / "cuda").glob("*_kernel.cu"):
-        text = path.read_text()
-        launched = set(re.findall(r"\b(\w+_kernel)(?=<|,)", text))
-        assert launched <= names, f"{path.name}: {launched - names}"
-
-
-def test_a_candidate_on_a_forced_backend(monkeypatch: Any) -> None:
-    """On a GPU, rows that CUDA C++ serves show Triton too: forward and backward on it, and nothing left forced."""
-    seen = []
-
-    def ours(x: Tensor) -> Tensor:
-        seen.append(_backend.state.forced)
-        y = x * 2
-        y.register_hook(lambda g: seen.append(_backend.state.forced))
-        return y.sum()
-
-    case = harness.Case("group_norm", (3,))
-    x = torch.ones(3, requires_grad=True)
-    for call in (
-        lambda: harness.make_call(case, parity.forced("reference", ours), [(x,)])(0),
-        lambda: parity.evaluate(case, parity.forced("reference", ours), (x,)),
-    ):
-        seen.clear()
-        call()
-        assert seen and set(seen[-2:]) == {"reference"}
-        assert _backend.state.forced is None
-    monkeypatch.setattr(_backend, "default_for", lambda device, op=None: "cuda" if op == "group_norm_fwd" else "triton")
-    assert harness.served_by_cuda("group_norm") and not harness.served_by_cuda("gccs_loss")
-
-
-def test_gate_without_a_gpu_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
-    done = run("benchmarks/gpu_gate.py")
-    assert done.returncode == 2
-    assert "needs an NVIDIA GPU" in done.stdout and len(done.stdout.strip().splitlines()) == 1
-
-
-def test_gate_rehearses(tmp_path: Path) -> None:
-    done = run(
-        "benchmarks/gpu_gate.py",
-        "--rehearse",
-        "--limit",
-        "1",
-        "--out",
-        str(tmp_path),
-        STAGES="graph,bench,ncu,sanitize,report",
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    gate = json.loads((tmp_path / "gate.json").read_text())
-    assert gate["rehearsal"] is True
-    assert {name: entry["status"] for name, entry in gate["stages"].items()} == dict.fromkeys(
-        ["graph", "bench", "ncu", "sanitize", "report"], "passed"
-    )
-    families = {family.name for family in gate_worker.FAMILIES}
-    benches = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
-    assert families == benches - {"models"}, "whole models need libraries that a GPU machine may not have"
-    assert len(list(tmp_path.iterdir())) <= 2 + 3 * len(families), "gate.json, gate.log; JSON and two plots each"
-    for family in families:
-        assert len(json.loads((tmp_path / f"{family}.json").read_text())["records"]) == 1
-
-
-def test_gate_refuses_unknown_stages() -> None:
-    done = run("benchmarks/gpu_gate.py", "--rehearse", STAGES="build,bnech")
-    assert done.returncode == 2 and "bnech" in done.stdout
-
-
-def test_gate_keeps_partial_results_and_kills_what_hangs(tmp_path: Path) -> None:
-    import time
-
-    import gpu_gate
-
-    gate = gpu_gate.Gate(tmp_path, rehearse=True, limit=1)
-    gate.deadline = time.monotonic() + 1.5
-    code, text = gate.run([sys.executable, "-c", "import time; print('partial', flush=True); time.sleep(60)"])
-    assert code == 124 and "partial" in text
-    gate.stage("graph", lambda g: (_ for _ in ()).throw(RuntimeError("boom")))
-    assert json.loads((tmp_path / "gate.json").read_text())["stages"]["graph"]["status"] == "FAILED"
-
-
-def test_a_failing_case_does_not_end_a_stage(tmp_path: Path) -> None:
-    def fail_first(family: harness.Family, case: harness.Case) -> dict[str, Any]:
-        if case is FAMILY.gate_cases[0]:
-            raise RuntimeError("boom")
-        return {"case": case.name, "passed": True}
-
-    assert gate_worker.run_each(fail_first, lambda family: family.gate_cases, tmp_path / "rows.json", 3) == 1
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [r["passed"] for r in rows] == [False] + [True] * (3 * len(gate_worker.FAMILIES) - 1)
-    assert "boom" in rows[0]["why"]
