@@ -150,6 +150,8 @@ def build_options() -> dict:
                 objects += compile_cuda(cuda_kernels, Path(self.build_temp), nvcc)
             ext.extra_objects = [str(o) for o in objects]
             ext.depends += ext.extra_objects
+            if not self.use_ninja:
+                compile_in_threads(self.compiler)
             super().build_extension(ext)
             write_record(Path(self.get_ext_fullpath(ext.name)).parent)
 
@@ -219,6 +221,18 @@ def compiler_and_headers() -> str:
     """One name for what all objects are made with."""
     version = subprocess.run([*cxx().split(), "--version"], capture_output=True).stdout
     return hashlib.sha256(version + b"".join(p.read_bytes() for p in sorted((ROOT / "csrc").rglob("*.h")))).hexdigest()
+
+
+def compile_in_threads(compiler) -> None:
+    """What torch does with ninja: without it one source would wait for the other."""
+    compile_all = compiler.compile
+
+    def compile_each(sources, *args, **kwargs):
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            made = list(pool.map(lambda source: compile_all([source], *args, **kwargs), sources))
+        return [target for targets in made for target in targets]
+
+    compiler.compile = compile_each
 
 
 def stale(target: Path) -> bool:

@@ -51,7 +51,8 @@ class Gate:
         self.scratch = Path(tempfile.mkdtemp(prefix="dlkernels-gate-"))
         self.cache = state / "cache"
         # Plots and tables come last; half of the time for them where there is little.
-        self.end = None if budget is None else (started or time.monotonic()) + budget - min(25.0, budget / 4)
+        self.last = 20.0 if budget is None else min(25.0, budget / 4)
+        self.end = None if budget is None else (started or time.monotonic()) + budget - self.last
         self.deadline = 0.0
         self.key = ""
         self.todo: list[str] = []
@@ -72,7 +73,7 @@ class Gate:
             return STAGE_S
         left = self.end - time.monotonic()
         if name == "report":
-            return max(left, 0) + 20
+            return max(left, 0) + 0.8 * self.last
         if name == "build":
             return left
         coming = [WEIGHT[s] for s in self.todo[self.todo.index(name) :] if s in WEIGHT] if name in self.todo else []
@@ -157,7 +158,7 @@ class Gate:
             try:
                 status, line, data = function(self)
             except Exception as error:
-                status, line, data = FAILED, f"{type(error).__name__}: {error}", None
+                status, line, data = FAILED, f"{type(error).__name__}: {error}", self.before(name)
         entry = {"status": status, "summary": line, "seconds": round(time.monotonic() - started, 1), "data": data}
         self.stages[name] = entry | {"fingerprint": self.key}
         doc = {"rehearsal": self.rehearse, "machine": machine(self.rehearse), "stages": self.stages}
@@ -193,6 +194,11 @@ class Gate:
         self.stop()
         self.publish(force=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def kill(process: subprocess.Popen[Any]) -> None:

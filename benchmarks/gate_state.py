@@ -104,9 +104,12 @@ def unpack(path: Path, folder: Path, *, over: bool = True) -> list[Path]:
 
 def unpack_to(path: Path) -> Path:
     """benchmarks/results/<device> of the device that the results are of."""
-    docs = list((load(path) or {}).get("families", {}).values())
+    data = load(path) or {}
+    docs = list(data.get("families", {}).values())
     if not docs:
         raise SystemExit(f"{path} holds no measured family")
+    if (data.get("gate.json") or {}).get("rehearsal"):
+        raise SystemExit(f"{path} is of a rehearsal: no results")
     return ROOT / "benchmarks" / "results" / docs[0]["device"]["slug"]
 
 

@@ -25,7 +25,7 @@ import gate_bench
 import gate_state as state
 import timing
 import torch
-from harness import Case, Family, make_call, make_inputs
+from harness import Case, Family, Function, make_call, make_inputs
 from parity import as_tuple, evaluate
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
         return graph_step(family, case, gpu)
     function = family.ours(case)
     static, other = (make_inputs(family, case, gpu.device, seed) for seed in (1, 2))
-    expected, again = ([t for part in evaluate(case, function, other) for t in part] for _ in range(2))
+    expected, again = (_evaluated(case, function, other) for _ in range(2))
     call = make_call(case, function, [static])
     with torch.set_grad_enabled(case.backward):
         gpu.warm(lambda: call(0))
@@ -60,7 +60,17 @@ def graph_case(family: Family, case: Case, gpu: timing.Cuda) -> dict[str, Any]:
                 target.copy_(source)
         graph.replay()
         gpu.synchronize()
-    return _compared(case, list(as_tuple(graph.kept)), expected, again)
+    return _compared(case, [*as_tuple(graph.kept), *_floating(static)], expected, again)
+
+
+def _evaluated(case: Case, function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs, gradients, and the inputs, some of which an op moves: on copies, for the next call to find the same."""
+    copies = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+    return [t for part in (*evaluate(case, function, copies), _floating(copies)) for t in part]
+
+
+def _floating(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return [t.detach() for t in tensors if t.is_floating_point()]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ import guard  # noqa: E402
 import outcomes  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
-from gate_run import FAILED, MISSING, NOT_REACHED, PARTIAL, PASSED, STAGES, WORKER, Gate, Outcome  # noqa: E402
+from gate_run import FAILED, MISSING, NOT_REACHED, PARTIAL, PASSED, STAGES, WORKER, Gate, Outcome, cores  # noqa: E402
 from gate_state import DONE, LOST, OUT_OF_TIME, SOME_FAILED  # noqa: E402
 
 SAMPLES = ROOT / "tests" / "benchmark_samples"
@@ -110,13 +110,11 @@ def test(gate: Gate) -> Outcome:
     seen.write_text("".join(line + "\n" for line in held))  # what failed is tried again
     command += ["-p", "outcomes", "--outcomes", str(seen), "--seen-before", str(before), "--test-seconds", str(TEST_S)]
     command += ["--continue-on-collection-errors"]
-    cores = os.cpu_count() or 1
-    helpers = start_warming(gate, max(1, cores // 3)) if "bench" in gate.todo else 0
-    many = min(12, max(1, cores - helpers)) if importlib.util.find_spec("xdist") else 1
+    helpers = start_warming(gate, max(1, min(8, cores() // 3))) if "bench" in gate.todo else 0
+    many = min(12, max(1, cores() - helpers)) if importlib.util.find_spec("xdist") else 1
     code = _pytest(gate, command, [*target, *(["--ignore", ALONE] if whole else [])], many, seen, before)
-    if whole and gate.left() > 20:
-        alone = _pytest(gate, command, [ALONE], 1, seen, before)
-        code = code or alone
+    if whole:
+        code = (_pytest(gate, command, [ALONE], 1, seen, before) if gate.left() > 20 else 124) or code
     files = outcomes.by_file(seen)
     verdicts = {family: outcomes.verdict(files.get(str(guard.test_file(family).relative_to(ROOT))))
                 for family in gate_state.families()}  # fmt: skip
@@ -174,7 +172,7 @@ def wait_for_headline(gate: Gate, seconds: float) -> None:
 
 def bench(gate: Gate) -> Outcome:
     if not gate.background and not gate.rehearse:
-        start_warming(gate, max(1, min(12, (os.cpu_count() or 1) - 1)))
+        start_warming(gate, max(1, min(12, cores() - 1)))
     if gate.background:
         wait_for_headline(gate, min(HEADLINE_S, gate.left() / 4))
         gate.stop()
@@ -188,7 +186,8 @@ def bench(gate: Gate) -> Outcome:
         code, _ = gate.worker("bench", gate.state, spare=12, more=("--key", gate.key, "--crashed", crashed))
         if code in (DONE, OUT_OF_TIME, 124) or (code != LOST and not running.exists()) or gate.left() < 15:
             break
-        crashed = "" if code == LOST else f"the process ended with exit code {code}"
+        # 1: by itself, after ROW_S seconds in one row
+        crashed = "" if code == LOST else f"it took its process along, or too long: exit code {code}"
     docs = mine(gate)
     bad = sum(bool(r["refused"]) for doc in docs.values() for r in doc["records"])
     rows = sum(len(doc["records"]) for doc in docs.values())

@@ -247,6 +247,10 @@ def test_unpacking_no_results(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds no"):
         gpu_gate.main(["--unpack", str(tmp_path / "x.json")])
+    doc = {"device": {"slug": "amd-epyc-1-thread"}}
+    (tmp_path / "x.json").write_text(json.dumps({"families": {"sgdw": doc}, "gate.json": {"rehearsal": True}}))
+    with pytest.raises(SystemExit, match="rehearsal"):
+        gpu_gate.main(["--unpack", str(tmp_path / "x.json")])
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -392,6 +396,14 @@ def test_slow_calls_are_called_less() -> None:
     gpu = timing.Rehearsal()
     entry = timing.call_latency(gpu, {"slow": lambda i: time.sleep(4e-3), "fast": lambda i: i}, 1, repeats=1)
     assert entry["slow"]["latency_calls"] == 10 and entry["fast"]["latency_calls"] == timing.LATENCY_CALLS
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_small_case_replays(family: harness.Family) -> None:
+    """On a CPU what is replayed is the call itself; some move their inputs."""
+    for case in family.gate_cases:
+        row = gate_worker.graph_case(family, case, timing.Rehearsal())
+        assert row["passed"], row
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
