@@ -151,6 +151,8 @@ class Gate:
         self.say(f"\n== {name} " + "=" * (70 - len(name)))
         started, seconds = time.monotonic(), self.seconds(name)
         self.deadline = started + seconds
+        if name not in ("test", "bench"):
+            self.stop()
         if self.end is not None and not self.rehearse and seconds < LEAST.get(name, 0):
             status, line = NOT_REACHED, f"{max(seconds, 0):.0f} s were left of the budget"
             data = self.before(name)

@@ -108,7 +108,8 @@ def test(gate: Gate) -> Outcome:
     held = seen.read_text().splitlines() if seen.exists() else []
     held = [line for line in held if '"outcome": "failed"' not in line] if mark in held[:1] else [mark]
     seen.write_text("".join(line + "\n" for line in held))  # what failed is tried again
-    command += ["-p", "outcomes", "--outcomes", str(seen), "--seen-before", str(before), "--test-seconds", str(TEST_S)]
+    command += ["-p", "outcomes", "--outcomes", str(seen), "--seen-before", str(before)]
+    command += ["--test-seconds", str(int(min(TEST_S, max(20, gate.left() / 2))))]
     command += ["--continue-on-collection-errors"]
     helpers = start_warming(gate, max(1, min(8, cores() // 3))) if "bench" in gate.todo else 0
     many = min(12, max(1, cores() - helpers)) if importlib.util.find_spec("xdist") else 1
@@ -116,10 +117,9 @@ def test(gate: Gate) -> Outcome:
     if whole:
         code = (_pytest(gate, command, [ALONE], 1, seen, before) if gate.left() > 20 else 124) or code
     files = outcomes.by_file(seen)
-    verdicts = {family: outcomes.verdict(files.get(str(guard.test_file(family).relative_to(ROOT))))
-                for family in gate_state.families()}  # fmt: skip
-    gate_state.save(gate.state / "tests.json", verdicts)
-    for family, said in verdicts.items():
+    paths = {family: str(guard.test_file(family).relative_to(ROOT)) for family in gate_state.families()}
+    by_family = {family: outcomes.verdict(files.get(path)) for family, path in paths.items()}
+    for family, said in by_family.items():
         if said == "passed" and not gate.rehearse:
             guard.remember(family, "cuda")
     total = {key: sum(counts[key] for counts in files.values()) for key in ("passed", "failed", "skipped", "not_run")}
@@ -128,7 +128,7 @@ def test(gate: Gate) -> Outcome:
     line += f"; first of {len(bad)} files: {bad[0][:200]}" if bad else ""
     short = code == 124 or total["not_run"]
     status = FAILED if bad or not total["passed"] or (code and not short) else PARTIAL if short else PASSED
-    return status, ("out of time; " if code == 124 else "") + line, {"files": files, "families": verdicts}
+    return status, ("out of time; " if code == 124 else "") + line, {"files": files, "families": by_family}
 
 
 def _pytest(gate: Gate, command: list[str], target: list[str], many: int, seen: Path, before: Path) -> int:
@@ -177,13 +177,12 @@ def bench(gate: Gate) -> Outcome:
         wait_for_headline(gate, min(HEADLINE_S, gate.left() / 4))
         gate.stop()
         gate_state.forget_choices(gate.cache)
-    if gate.before("test") is None:
-        passed = {f: "passed" for f in gate_state.families() if not gate.rehearse and guard.passed_before(f, "cuda")}
-        gate_state.save(gate.state / "tests.json", passed)
+    gate_state.save(gate.state / "tests.json", verdicts(gate))
     running, crashed, code = gate.state / "running.json", "", LOST
+    env = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # for what was not compiled ahead; more would still start up beside it
     running.unlink(missing_ok=True)
     for _ in range(50):
-        code, _ = gate.worker("bench", gate.state, spare=12, more=("--key", gate.key, "--crashed", crashed))
+        code, _ = gate.worker("bench", gate.state, None, env, spare=12, more=("--key", gate.key, "--crashed", crashed))
         if code in (DONE, OUT_OF_TIME, 124) or (code != LOST and not running.exists()) or gate.left() < 15:
             break
         # 1: by itself, after ROW_S seconds in one row
@@ -198,6 +197,13 @@ def bench(gate: Gate) -> Outcome:
     line += ". " + " ".join(f"{name}: {report.conclusion(doc)}." for name, doc in docs.items())
     short = code in (OUT_OF_TIME, 124, LOST)
     return (FAILED if bad or not rows or (code != DONE and not short) else PARTIAL if short else PASSED), line, None
+
+
+def verdicts(gate: Gate) -> dict[str, str]:
+    """What the tests of each family said on these sources, in this run or in one before; no entry: they did not run."""
+    if (data := gate.before("test")) is not None:
+        return data["families"]
+    return {f: "passed" for f in gate_state.families() if not gate.rehearse and guard.passed_before(f, "cuda")}
 
 
 def mine(gate: Gate) -> dict[str, Any]:
@@ -348,9 +354,9 @@ def _sanitizer(gate: Gate, tool: str, check: str, ours: set[str]) -> dict[str, A
 def summarise(gate: Gate) -> Outcome:
     """Tables first; plots, which take seconds, as long as there is time."""
     docs = mine(gate)
-    verdicts = gate_state.load(gate.state / "tests.json", {})
+    said = verdicts(gate)
     for name, doc in docs.items():
-        doc["tests"], _, doc["tests_why"] = verdicts.get(name, "not run").partition(": ")
+        doc["tests"], _, doc["tests_why"] = said.get(name, "not run").partition(": ")
         gate_state.save(gate.state / f"{name}.json", doc)
         report.show(doc)
         gate.log.write(report.markdown(doc) + "\n")

@@ -338,6 +338,20 @@ def test_a_lost_gpu_costs_one_row(gate: gate_run.Gate, tmp_path: Path, monkeypat
     assert status == "FAILED" and "2 REFUSED" in line
 
 
+def test_what_tests_said_is_known_without_another_run(gate: gate_run.Gate) -> None:
+    said = {"sgdw": "failed: tests/optim/test_sgdw.py::test_x: assert", "adamw": "passed"}
+    gate.stages["test"] = {"fingerprint": "sources", "data": {"families": said}}
+    assert gpu_gate.verdicts(gate) == said
+    gate.key = "other sources"
+    assert gpu_gate.verdicts(gate) == {}
+    family = next(f for f in FAMILIES if f.name == "sgdw")
+    gate_state.save(gate.state / "tests.json", said)
+    results = gate_bench.Results(gate.state, FAMILIES, "cpu", gate.key)
+    results.add("sgdw", gate_bench.refused(family.gate_cases[0].name, "sgdw", "did not run"))
+    doc = gpu_gate.mine(gate)["sgdw"]
+    assert doc["tests"] == "failed" and "test_x" in doc["tests_why"]
+
+
 def test_a_failing_case_does_not_end_a_stage(tmp_path: Path) -> None:
     first = FAMILIES[0].gate_cases[0]
 
