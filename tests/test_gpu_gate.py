@@ -21,7 +21,6 @@ SAMPLES = Path(__file__).parent / "benchmark_samples"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gate_bench  # noqa: E402
-import gate_parsers  # noqa: E402
 import gate_run  # noqa: E402
 import gate_state  # noqa: E402
 import gate_worker  # noqa: E402
@@ -40,64 +39,6 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
         if name not in env:
             full.pop(name, None)
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=full, capture_output=True, text=True, timeout=300)
-
-
-# Profilers ------------------------------------------------------------------------------------------------------------
-
-
-def test_ncu_raw_page() -> None:
-    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
-    groups = gate_parsers.by_case(launches, ["sigmoid", "softmax"])
-    assert [len(g) for g in groups.values()] == [2, 2]
-    sigmoid, softmax = gate_parsers.traffic_rows(groups, {"sigmoid": 3 << 30, "softmax": 3 << 30})
-    assert sigmoid["counted"] == 2_148_532_224 + 1_040_187_392 + 4_096 + 128
-    assert sigmoid["passed"] and sigmoid["kernel"] == "_sigmoid_focal_loss_fwd_kernel" and sigmoid["registers"] == 40
-    assert not softmax["passed"] and softmax["ratio"] == pytest.approx(5 / 3, abs=0.01), "a kernel that reads twice"
-    assert softmax["local_bytes"] == 16_384, "spills show"
-
-
-def test_ncu_details_page_and_units() -> None:
-    marker, launch = gate_parsers.ncu_launches((SAMPLES / "ncu_details.csv").read_text())
-    assert gate_parsers.MARKER in marker.kernel
-    assert launch.dram_bytes == pytest.approx(3.19e9) and launch.metrics["gpu__time_duration.sum"] == pytest.approx(
-        786430
-    )
-
-
-def test_ncu_without_results() -> None:
-    with pytest.raises(ValueError, match="LibraryNotLoaded"):
-        gate_parsers.ncu_launches("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n")
-    launches = gate_parsers.ncu_launches((SAMPLES / "ncu_raw.csv").read_text())
-    with pytest.raises(ValueError, match="2 of 3 cases"):
-        gate_parsers.by_case(launches, ["a", "b", "c"])
-
-
-@pytest.mark.parametrize(
-    ("name", "complete", "count", "ours"),
-    [
-        ("memcheck_clean", True, 0, 0),
-        ("memcheck_bad", True, 2, 1),
-        ("racecheck_bad", True, 1, 1),
-        ("initcheck_torch", True, 1, 0),
-        ("memcheck_killed", False, 0, 0),
-    ],
-)
-def test_sanitizer_logs(name: str, complete: bool, count: int, ours: int) -> None:
-    found = gate_parsers.sanitizer_log((SAMPLES / f"sanitizer_{name}.log").read_text())
-    assert (found.complete, found.count) == (complete, count)
-    assert len(found.findings) == count, found.findings
-    assert len(found.in_kernels({"_softmax_focal_loss_fwd_kernel"})) == ours
-
-
-def test_kernel_names_are_found() -> None:
-    names = gate_parsers.kernel_names()
-    assert {"softmax_focal_kernel", "scale_stored_grad_kernel"} <= names, (
-        "the sanitizer stage must know Triton's and ours"
-    )
-    for path in (ROOT / "csrc" / "cuda").glob("*_kernel.cu"):
-        text = path.read_text()
-        launched = set(re.findall(r"\b(\w+_kernel)(?=<|,)", text))
-        assert launched <= names, f"{path.name}: {launched - names}"
 
 
 # The whole of it ------------------------------------------------------------------------------------------------------
