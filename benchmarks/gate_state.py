@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("dlkernels/**/*.py", "csrc/**/*", "tests/**/*.py", "setup.py")
+PACKAGE = ("dlkernels/**/*.py", "csrc/**/*", "setup.py")
+TESTS = ("tests/**/*.py",)
 DONE, SOME_FAILED, OUT_OF_TIME, LOST = 0, 1, 3, 4  # exit codes of gate_worker.py; LOST: nothing runs on its GPU
 FILES = ("gate.json", "copy.json")  # beside the documents of the families
 
@@ -38,10 +39,10 @@ def load(path: Path, default: Any = None) -> Any:
         return default
 
 
-def fingerprint(device: str, torch_version: str) -> str:
+def fingerprint(device: str, torch_version: str, patterns: tuple[str, ...] = PACKAGE) -> str:
     """Of the sources and what they run with: what passed on the same need not run again. Not of what is built."""
     digest = hashlib.sha256(f"{device} {sys.version} {torch_version}".encode())
-    paths = {p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts}
+    paths = {p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts}
     for path in sorted(paths):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:32]

@@ -104,7 +104,7 @@ def test(gate: Gate) -> Outcome:
         count = sum(int(line.rpartition(": ")[2]) for line in text.splitlines() if "::" not in line and ".py: " in line)
         return (PASSED if code == 0 and count else FAILED), f"{count} tests collected", None
     seen, before = gate.state / "outcomes.jsonl", gate.scratch / "before.jsonl"
-    mark = json.dumps({"sources": gate.key})
+    mark = json.dumps({"sources": gate.tests_key})
     held = seen.read_text().splitlines() if seen.exists() else []
     held = [line for line in held if '"outcome": "failed"' not in line] if mark in held[:1] else [mark]
     seen.write_text("".join(line + "\n" for line in held))  # what failed is tried again
@@ -413,6 +413,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed(folder, out, report.RESULTS / slug)
     gate = Gate(folder, options.rehearse, options.limit, out, options.budget or None, STARTED)
     gate.key = gate_state.fingerprint(slug, torch.__version__)
+    gate.tests_key = gate_state.fingerprint(slug, torch.__version__, gate_state.PACKAGE + gate_state.TESTS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children end and results are written
     try:
         return run(gate, [s for s in STAGES if s in chosen], options.again)

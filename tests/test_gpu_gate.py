@@ -281,9 +281,9 @@ def test_a_lost_gpu_costs_one_row(gate: gate_run.Gate, tmp_path: Path, monkeypat
 
 def test_what_tests_said_is_known_without_another_run(gate: gate_run.Gate) -> None:
     said = {"sgdw": "failed: tests/optim/test_sgdw.py::test_x: assert", "adamw": "passed"}
-    gate.stages["test"] = {"fingerprint": "sources", "data": {"families": said}}
+    gate.stages["test"] = {"fingerprint": gate.key_of("test"), "data": {"families": said}}
     assert gpu_gate.verdicts(gate) == said
-    gate.key = "other sources"
+    gate.tests_key = "other tests"
     assert gpu_gate.verdicts(gate) == {}
     family = next(f for f in FAMILIES if f.name == "sgdw")
     gate_state.save(gate.state / "tests.json", said)
