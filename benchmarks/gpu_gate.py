@@ -55,8 +55,12 @@ def verdict(code: int, rows: list[dict[str, Any]]) -> Outcome:
     short = code in (OUT_OF_TIME, 124)
     ended = ", out of time" if short else "" if code in (DONE, SOME_FAILED) else f", exit code {code}"
     line = f"{good} of {len(rows)} cases passed{ended}" + (f"; failed: {', '.join(bad)[:300]}" if bad else "")
-    status = FAILED if bad or not rows or (code != DONE and not short) else PARTIAL if short else PASSED
-    return status, line, rows
+    return status_of(bool(bad), code != DONE, short, len(rows)), line, rows
+
+
+def status_of(bad: bool, ended_badly: bool, short: bool, count: int) -> str:
+    """Out of time is no failure, and no pass."""
+    return FAILED if bad else PARTIAL if short else FAILED if ended_badly or not count else PASSED
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def test(gate: Gate) -> Outcome:
     bad = [counts["first"] for counts in files.values() if counts["failed"]]
     line += f"; first of {len(bad)} files: {bad[0][:200]}" if bad else ""
     short = code == 124 or total["not_run"]
-    status = FAILED if bad or not total["passed"] or (code and not short) else PARTIAL if short else PASSED
+    status = status_of(bool(bad), code != 0, bool(short), total["passed"])
     return status, ("out of time; " if code == 124 else "") + line, {"files": files, "families": by_family}
 
 
@@ -196,7 +200,7 @@ def bench(gate: Gate) -> Outcome:
     )
     line += ". " + " ".join(f"{name}: {report.conclusion(doc)}." for name, doc in docs.items())
     short = code in (OUT_OF_TIME, 124, LOST)
-    return (FAILED if bad or not rows or (code != DONE and not short) else PARTIAL if short else PASSED), line, None
+    return status_of(bad > 0, code != DONE, short, rows), line, None
 
 
 def verdicts(gate: Gate) -> dict[str, str]:
@@ -213,9 +217,10 @@ def mine(gate: Gate) -> dict[str, Any]:
 
 def graph(gate: Gate) -> Outcome:
     part = gate.scratch / "graph.json"
-    code = LOST
-    while code == LOST and gate.left() > 10:
+    while True:
         code, _ = gate.worker("graph", part, spare=3)
+        if code != LOST or gate.left() < 10:
+            break
     return verdict(code, gate_state.load(part, []))
 
 
@@ -365,7 +370,7 @@ def summarise(gate: Gate) -> Outcome:
     for doc in docs.values():
         if gate.left() > 8:
             drawn += bool(report.write(doc, gate.state)[1:])
-    return (PASSED if docs else FAILED), f"{len(docs)} families, plots of {drawn}", None
+    return (PASSED if docs else NOT_REACHED), f"{len(docs)} families, plots of {drawn}", None
 
 
 FUNCTIONS = {

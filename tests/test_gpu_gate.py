@@ -236,7 +236,8 @@ def test_out_of_time_is_no_failure() -> None:
     assert gpu_gate.verdict(gate_state.OUT_OF_TIME, [good])[0] == "partial"
     assert gpu_gate.verdict(124, [good, bad])[0] == "FAILED"
     assert gpu_gate.verdict(0, [good])[0] == "passed"
-    assert gpu_gate.verdict(0, [])[0] == "FAILED"
+    assert gpu_gate.verdict(0, [])[0] == "FAILED" and gpu_gate.verdict(124, [])[0] == "partial"
+    assert gpu_gate.verdict(1, [good])[0] == "FAILED"
 
 
 # What it survives -----------------------------------------------------------------------------------------------------
