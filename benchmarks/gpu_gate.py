@@ -115,8 +115,8 @@ def test(gate: Gate) -> Outcome:
     command += ["-p", "outcomes", "--outcomes", str(seen), "--seen-before", str(before)]
     command += ["--test-seconds", str(int(min(TEST_S, max(20, gate.left() / 2))))]
     command += ["--continue-on-collection-errors"]
-    helpers = start_warming(gate, max(1, min(8, cores() // 3))) if "bench" in gate.todo else 0
-    many = min(12, max(1, cores() - helpers)) if importlib.util.find_spec("xdist") else 1
+    warmers = start_warming(gate, max(1, min(8, cores() // 3))) if "bench" in gate.todo else 0
+    many = min(12, max(1, cores() - warmers)) if importlib.util.find_spec("xdist") else 1
     code = _pytest(gate, command, [*target, *(["--ignore", ALONE] if whole else [])], many, seen, before)
     if whole:
         code = (_pytest(gate, command, [ALONE], 1, seen, before) if gate.left() > 20 else 124) or code
