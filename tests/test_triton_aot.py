@@ -9,7 +9,9 @@ Each architecture is compiled in a process of its own: a failure inside of the c
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -318,6 +320,25 @@ def test_launchers_compile_once_per_dtype() -> None:
     # Layers and centers: another batch size, eps or alpha compiles nothing new.
     expected = aot_layers.BINARIES | aot_center_loss.BINARIES | aot_optimizers.BINARIES
     assert {name: binaries[name] for name in expected} == {n: 2 * count for n, count in expected.items()}, binaries
+
+
+def test_no_number_decides_what_is_compiled() -> None:
+    """Triton would turn a 1 into a compile-time constant, which has no `.to` and no shape."""
+    from triton.runtime.jit import JITFunction
+
+    import dlkernels.triton
+
+    found, seen = [], 0
+    for module in pkgutil.iter_modules(dlkernels.triton.__path__, "dlkernels.triton."):
+        for name, kernel in vars(importlib.import_module(module.name)).items():
+            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                seen += 1
+                found += [
+                    f"{name}: {p.name}"
+                    for p in kernel.params
+                    if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))
+                ]
+    assert seen > 30 and not found, found
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
