@@ -75,6 +75,12 @@ def specialisations() -> dict[str, Any]:
         "BLOCK_S": segments.MERGE_BLOCK,
     }  # fmt: skip
     cases["center merge update float32"] = _case(segments.merge_kernel, "float32", merge, 8, {"ldg": 1})
+    # Triton 3.7 compiles no tile of a row per thread whose int32 labels are widened before they are compared.
+    tall = {**vector, "ATTENTION": 0, "OUT": 1, "BLOCK_R": 128, "BLOCK_D": 16}
+    types = {"t_ptr": "*i32", "count_ptr": "*i32", "sum_ptr": "*fp32"}
+    cases["center atomic rows float32 int32 labels D=8"] = _case(
+        atomics.atomic_rows_kernel, "float32", tall, 4, {"ldg": 2}, **types
+    )  # fmt: skip
     tile = {**vector, "BLOCK_R": 16, "BLOCK_D": 128}
     for dtype, out in (("float32", 1), ("bfloat16", 0)):
         rows_of = {**tile, "ATTENTION": 2 * out, "OUT": out}

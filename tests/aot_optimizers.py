@@ -87,8 +87,11 @@ def specialisations() -> dict[str, Any]:
             "rows_ptr": "*fp64", "norm_ptr": "*fp32", "rows": "i32",
         }  # fmt: skip
         flags = ("INV_SCALE", "FOUND_INF", "NORM", "CLIP", "SKIP_NONFINITE")
-        constants = {"ADAMW": adamw, **dict.fromkeys(flags, True), "BLOCK_R": 32}
-        cases[f"prepare {'adamw' if adamw else 'sgdw'}"] = (_norm.prepare_kernel, types, constants, 1, {})
+        for groups in (1, 1000) if adamw else (1,):
+            block, num_warps = _multi_tensor.prepare_block(groups)
+            constants = {"ADAMW": adamw, **dict.fromkeys(flags, True), "BLOCK_R": block}
+            name = f"prepare {'adamw' if adamw else 'sgdw'}" + (f" {groups} groups" if groups > 1 else "")
+            cases[name] = (_norm.prepare_kernel, types, constants, num_warps, {})
     return cases
 
 

@@ -9,7 +9,9 @@ Each architecture is compiled in a process of its own: a failure inside of the c
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -192,7 +194,7 @@ def specialisations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], in
 
 
 def measure(capability: int) -> dict[str, dict[str, int]]:
-    """Registers, spilled bytes, local memory instructions and 16-byte accesses of every specialisation."""
+    """Of every specialisation: registers, spilled bytes, local memory instructions, 16-byte accesses, inexact roots."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -220,6 +222,7 @@ def measure(capability: int) -> dict[str, dict[str, int]]:
             "ldg": sum(op.startswith("LDG") and ".128" in op for op in operations),
             "stg": sum(op.startswith("STG") and ".128" in op for op in operations),
             "instructions": len(operations),
+            "flushed": len(re.findall(r"sqrt\.approx\.ftz", compiled.asm["ptx"])),
         }
     return found
 
@@ -299,6 +302,8 @@ def test_compiles_within_limits(capability: int) -> None:
             wrong.append(f"{name}: {row['registers']} registers > {limit}")
         if row["stack"] or row["local"]:
             wrong.append(f"{name}: spills ({row['stack']} bytes of stack, {row['local']} local accesses)")
+        if row["flushed"] and name.startswith(("island", "weight norm")):
+            wrong.append(f"{name}: a root takes small squares for 0")
         wrong += [f"{name}: no 16-byte {op}" for op, least in widths[name].items() if row[op] < least]
     assert not wrong, "\n".join([*wrong, table(capability, found, limits)])
 
@@ -318,6 +323,25 @@ def test_launchers_compile_once_per_dtype() -> None:
     # Layers and centers: another batch size, eps or alpha compiles nothing new.
     expected = aot_layers.BINARIES | aot_center_loss.BINARIES | aot_optimizers.BINARIES
     assert {name: binaries[name] for name in expected} == {n: 2 * count for n, count in expected.items()}, binaries
+
+
+def test_no_number_decides_what_is_compiled() -> None:
+    """Triton would turn a 1 into a compile-time constant, which has no `.to` and no shape."""
+    from triton.runtime.jit import JITFunction
+
+    import dlkernels.triton
+
+    found, seen = [], 0
+    for module in pkgutil.iter_modules(dlkernels.triton.__path__, "dlkernels.triton."):
+        for name, kernel in vars(importlib.import_module(module.name)).items():
+            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                seen += 1
+                found += [
+                    f"{name}: {p.name}"
+                    for p in kernel.params
+                    if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))
+                ]
+    assert seen > 30 and not found, found
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -285,4 +285,6 @@ def _move(x: Any, part: Part) -> Any:
         return None
     if part.runner.on_host or (getattr(part.runner, "takes_numbers", False) and not isinstance(x, Tensor)):
         return float(x)
-    return x.to(part.device) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=part.device)
+    if isinstance(x, Tensor):
+        return x.to(part.device)
+    return torch.full((), x, dtype=torch.float64, device=part.device)  # a copy from the host would wait for the device

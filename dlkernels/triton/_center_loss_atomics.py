@@ -57,9 +57,9 @@ def atomic_rows_kernel(
     d = d_vectors * D_VECTOR
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    label = tl.load(t_ptr + row, mask=row < n, other=-1).to(tl.int64)
+    label = tl.load(t_ptr + row, mask=row < n, other=-1)
     keep = counts(label, ignore_index) & (label < num_classes)
-    label = tl.where(keep, label, 0)
+    label = tl.where(keep, label, 0).to(tl.int64)
     mask = keep[:, None] & (offs_d < d)[None, :]
     offs = row[:, None] * d + offs_d[None, :]
     at = label[:, None] * d + offs_d[None, :]

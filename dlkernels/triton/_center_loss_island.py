@@ -22,10 +22,15 @@ SUM_WHOLE, SUM_NORMS, SUM_COLUMNS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def _inverse_root(squares):
-    """1 / sqrt, 0 for 0."""
+def _inverse_root(squares, ACC: tl.constexpr):
+    """1 / sqrt, 0 for 0. Approximate roots take float32 numbers below 2^-126 for 0: their inverse would be infinite."""
     some = squares > 0
-    return tl.where(some, tl.rsqrt(tl.where(some, squares, 1.0)), 0.0)
+    safe = tl.where(some, squares, 1.0)
+    if ACC == tl.float64:  # noqa: SIM300
+        root = tl.sqrt(safe)
+    else:
+        root = tl.sqrt_rn(safe)
+    return tl.where(some, 1.0 / root, 0.0)
 
 
 @triton.jit(do_not_specialize=["k", "d_vectors", "steps"])
@@ -68,11 +73,11 @@ def island_sums_kernel(
                 mask = mask_k[:, None] & (offs_d < d - start)
                 c = tl.load(base + start + offs_d, mask=mask, other=0.0).to(ACC)
                 squares += c * c
-            inverse = _inverse_root(tl.sum(squares, 1))
+            inverse = _inverse_root(tl.sum(squares, 1), ACC)
         else:
             c = tl.load(base + offs_d, mask=mask_k[:, None] & (offs_d < d), other=0.0).to(ACC)
             if STAGE == SUM_WHOLE:
-                inverse = _inverse_root(tl.sum(c * c, 1))
+                inverse = _inverse_root(tl.sum(c * c, 1), ACC)
             else:
                 inverse = tl.load(inverse_ptr + j, mask=mask_k, other=0.0)
             sums += c * inverse[:, None]

@@ -320,7 +320,7 @@ def grad_kernel(
         tl.store(partial_ptr + plane + out, over_positions(v, BLOCK_G, BLOCK_D, LAST), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["groups", "d", "s", "chunks", "first_row"])
+@triton.jit(do_not_specialize=["n", "groups", "d", "s", "chunks", "first_row"])
 def terms_kernel(
     partial_ptr,  # [2, N, chunks, C]: u, v
     w_ptr,  # [C]

@@ -103,6 +103,12 @@ def pieces_of(items: list[int], numels: list[int], length: int) -> Tensor:
     return torch.stack((item, torch.arange(total, device="cpu") - first), 1).to(torch.int32)
 
 
+def prepare_block(rows: int) -> tuple[int, int]:
+    """Rows of the one program that prepares a step, and its warps: a row per thread, as far as there are threads."""
+    block = max(32, triton.next_power_of_2(rows))
+    return block, min(16, block // 32)
+
+
 class Runner:
     """Steps the parameters of one device.
 
@@ -346,11 +352,12 @@ class Runner:
         if self._scalars is None or self._scalars.shape[0] != len(rows):
             self._scalars = torch.empty((len(rows), COLUMNS), dtype=torch.float64, device=self.device)
         some = self._scalars
+        block, num_warps = prepare_block(len(rows))
         _norm.prepare_kernel[(1,)](
             table, some if inv_scale is None else inv_scale, some if found_inf is None else found_inf,
             some if norm_squares is None else norm_squares, some, some if norm is None else norm, len(rows),
             ADAMW=self.family == "adamw", INV_SCALE=inv_scale is not None, FOUND_INF=found_inf is not None,
             NORM=norm_squares is not None, CLIP=max_norm is not None, SKIP_NONFINITE=skip_nonfinite,
-            BLOCK_R=max(32, triton.next_power_of_2(len(rows))), num_warps=1,
+            BLOCK_R=block, num_warps=num_warps,
         )  # fmt: skip
         return some

@@ -183,14 +183,14 @@ def squeeze_excite_bwd(
                 dz = dz2
                 if w1 is not None:
                     _pointwise(hidden, None, a, POINT_ACTIVATE, activation)
-                    dz = _pointwise(dz2 @ w2.to(dtype), hidden, dz1, POINT_ACTIVATE_GRAD, activation)
-                ds = torch.mm(dz, (w2 if w1 is None else w1).to(dtype)).mul_(1.0 / s)
+                    dz = _pointwise(_product(dz2, w2.to(dtype)), hidden, dz1, POINT_ACTIVATE_GRAD, activation)
+                ds = _product(dz, (w2 if w1 is None else w1).to(dtype)).mul_(1.0 / s)
             scale_grad_kernel[(samples * p.c_blocks * p.s_blocks,)](
                 dy, x, r, e, ds, dx, dr, *place, first, HAS_RESIDUAL=residual is not None, ACT=act, **tile
             )  # fmt: skip
-        dw2.copy_(dz2.t() @ (mean if w1 is None else a))
+        dw2.copy_(_product(dz2.t(), mean if w1 is None else a))
         if w1 is not None:
-            dw1.copy_(dz1.t() @ mean)
+            dw1.copy_(_product(dz1.t(), mean))
         for d, dz, given in ((db1, dz1, b1), (db2, dz2, b2)):
             if given is not None:
                 d.copy_(dz.sum(0))
@@ -225,6 +225,11 @@ def _layers(p: Plan, c: int, hidden: int, acc: Any) -> tuple[tuple[int, int], di
         "BLOCK_C": block_c, "ACC": acc, "num_warps": max(1, min(8, block_c * block_r // 512)),
     }  # fmt: skip
     return (c // c_vector, hidden // r_vector), blocks
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in their dtype under autocast too: it takes no call with `out`."""
+    return torch.mm(a, b, out=a.new_empty((a.shape[0], b.shape[1])))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -199,7 +199,7 @@ def test_waiting_is_noticed() -> None:
 
 @both
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("option", ["plain", "clipped", "skipping", "rounded", "master"])
+@pytest.mark.parametrize("option", ["plain", "clipped", "skipping", "rounded", "master", "scaled"])
 def test_a_step_does_not_wait(kind: str, option: str, tensor_lr: bool, place: torch.device) -> None:
     """After the first two; also with another lr, an infinite gradient, parameters that somebody else has written."""
     dtype, options = {
@@ -208,9 +208,12 @@ def test_a_step_does_not_wait(kind: str, option: str, tensor_lr: bool, place: to
         "skipping": (F32, {"skip_nonfinite": True, "max_grad_norm": 2.0}),
         "rounded": (BF16, {"stochastic_rounding": True, "ema_decay": 0.75}),
         "master": (BF16, {"master_weights": True, "max_grad_norm": 2.0}),
+        "scaled": (F32, {}),
     }[option]
     lr = torch.tensor(LR, device=place) if tensor_lr else LR
     training = Training(KINDS[kind], place, dtype=dtype, lr=lr, **options)
+    if option == "scaled":  # by numbers of the host
+        training.optimizer.grad_scale, training.optimizer.found_inf = 8.0, 0.0
     for step in range(7):
         bad = math.inf if option == "skipping" and step == 4 else None
         training.give(step, bad=bad)

@@ -130,6 +130,20 @@ def test_state_of_different_kinds_and_rows() -> None:
     assert [c.item() for c in counters] == [8.0, 13.0]
 
 
+def test_many_groups() -> None:
+    """A group for each parameter, more than a warp has threads, of one counter: it goes up once."""
+    items = make_items(F32, F32, PLAIN, sizes=(3,) * 70)
+    for i, item in enumerate(items):
+        item.row = i
+    counter = torch.tensor(2.0)
+    rows = [Row((1e-3 * (1 + i), *VALUES[1:]), counter) for i in range(len(items))]
+    plain = Plain("adamw", items, False)
+    runner(items).run(rows)
+    plain.run(rows, [3] * len(rows), [i.grad for i in items])
+    assert_same(items, plain.items)
+    assert counter.item() == 3.0
+
+
 def test_scalars_and_memory_may_change_between_steps() -> None:
     items = make_items(F32, F32, PLAIN, sizes=(130,))
     plain, ours, counter = Plain("adamw", items, False), runner(items), torch.zeros(())

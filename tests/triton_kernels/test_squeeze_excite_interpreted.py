@@ -254,6 +254,25 @@ def test_public_function(layout: str) -> None:
         assert_within_budget(ours, right, theirs)
 
 
+@pytest.mark.parametrize("shape", ((3, 6, 4, 7), (2, 7, 0, 6), (2, 6, 2, 9)))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
+def test_autocast_around_both_passes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The matrix products keep their dtype where the backward pass too runs inside of it."""
+    case = make(shape, torch.float32, "12")
+
+    def run() -> list[Tensor]:
+        leaves = [None if t is None else t.requires_grad_() for t in case[:5]]
+        with dk.backend("triton"):
+            y = dk.squeeze_excite(*leaves)
+            return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y))]
+
+    expected = run()
+    with torch.autocast("cpu", dtype):
+        found = run()
+    for a, e in zip(found, expected, strict=True):
+        assert_bitwise(a, e)
+
+
 def test_plans_do_not_depend_on_the_batch() -> None:
     """Blocks and warps are a function of a sample's shape: another batch size compiles nothing new."""
     for c, s, hidden in ((64, 3136, 4), (2048, 49, 128), (320, 4096, 20)):
