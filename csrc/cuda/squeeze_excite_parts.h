@@ -63,12 +63,13 @@ struct SharedValues {
     return x;
   }
 };
+template <Use U = Use::kShared>
 struct GlobalValues {
   const float* v;
-  DL_DEVICE float one(int64_t i) const { return load_one(v + i); }
+  DL_DEVICE float one(int64_t i) const { return load_one<U>(v + i); }
   template <int N>
   DL_DEVICE Floats<N> many(int64_t i) const {
-    return load<N, Use::kShared>(v + i);
+    return load<N, U>(v + i);
   }
 };
 
@@ -140,7 +141,7 @@ struct Streamed {
         const Floats<N> r = to_floats(raw.r);
         Floats<N> gate;
         if (last) {
-          gate = GlobalValues{e}.template many<N>(col);
+          gate = GlobalValues<>{e}.template many<N>(col);
         } else {
           const float one = load_one(e + row);
           DL_UNROLL
@@ -333,7 +334,7 @@ DL_DEVICE void channel_sums(const SqueezeExciteArgs& a, int64_t n, const Tile& t
           const auto at = [&](const T* v) { return to_floats(*reinterpret_cast<const Pack<T, N>*>(v + i)); };
           Floats<N> dz = at(room.slab);
           upstream(a.residual_activation, at(room.second),
-                   of_channels<N>(a.last, false, tile.width, i, GlobalValues{e}), at(room.third), dz);
+                   of_channels<N>(a.last, false, tile.width, i, GlobalValues<>{e}), at(room.third), dz);
           const Pack<T, N> kept = to_pack<T>(dz);
           store_pack<N, kUse>(dresidual + i, kept);
           *reinterpret_cast<Pack<T, N>*>(room.slab + i) = kept;
