@@ -146,6 +146,13 @@ DL_DEVICE void keep_packed([[maybe_unused]] Pack<T, N>& pack) {
 #endif
 }
 
+// A number that the compiler knows nothing about.
+DL_DEVICE void opaque([[maybe_unused]] int& x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+}
+
 // N elements as numbers; for float, N may be twice a pack.
 template <int N, Use U = Use::kOnce, class T>
 DL_DEVICE Floats<N> load(const T* p) {
