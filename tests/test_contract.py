@@ -1416,6 +1416,22 @@ def test_cuda_graph(op: OpCase, device: torch.device) -> None:
     )
 
 
+@pytest.mark.gpu
+@contract()
+def test_memory_pool(op: OpCase, device: torch.device) -> None:
+    """Nothing that a call keeps lies in the pool in force: the warm-up of torch.compile's CUDA graphs takes all of it."""
+    tensors = inputs(op, device)
+    pool = torch.cuda.MemPool()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.cuda.use_mem_pool(pool):
+        run(op, tensors)
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+    assert not [block for block in blocks if block["state"] == "active_allocated"]
+
+
 # Backends and modules -------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,13 @@ template <class V>
 DL_INLINE V reciprocal(V x) {
   return splat<V>(1) / x;
 }
+#if defined(__CUDACC__) || defined(DL_CUDA_HOST)
+// A division branches, which leaves nothing of one element beside another.
+template <>
+DL_INLINE float reciprocal(float x) {
+  return vreciprocal(x);
+}
+#endif
 #if defined(__AVX512F__)
 template <>
 DL_INLINE vfloat reciprocal(vfloat x) {

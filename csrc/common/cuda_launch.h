@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -58,8 +59,14 @@ DL_HOST_DEVICE constexpr I ceil_div(I a, I b) {
 
 namespace launching {
 
-// Remembers per kernel and device what it was allowed beyond 48 KB and clusters of 8. True when that was known already.
-bool remember(const void* kernel, int device, unsigned shared, unsigned cluster);
+// What a kernel was allowed on a device: 48 KB of shared memory and clusters of 8, or more. Whoever allows more holds
+// the lock meanwhile: another thread neither launches the kernel before nor allows less.
+struct Allowance {
+  std::unique_lock<std::mutex> lock;
+  unsigned &shared, &cluster;
+};
+constexpr unsigned kFreeShared = 48 * 1024, kFreeCluster = 8;
+Allowance allowance(const void* kernel, int device);
 
 // What the driver answered about clusters of a kernel in this shape, or -1 where it was not asked; and its answer.
 int known_clusters(const void* kernel, int device, const LaunchShape& shape);
@@ -103,13 +110,18 @@ inline cudaLaunchConfig_t configuration(const Queue& queue, const LaunchShape& s
 
 template <class... P>
 void prepare(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
-  if (s.shared <= 48 * 1024 && s.cluster <= 8) return;
+  if (s.shared <= kFreeShared && s.cluster <= kFreeCluster) return;
   const auto* pointer = reinterpret_cast<const void*>(kernel);
-  if (remember(pointer, queue.machine->index, s.shared, s.cluster)) return;
-  if (s.shared > 48 * 1024)
+  const Allowance allowed = allowance(pointer, queue.machine->index);
+  if (s.shared > allowed.shared) {
     check(cudaFuncSetAttribute(pointer, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(s.shared)), queue,
           s);
-  if (s.cluster > 8) check(cudaFuncSetAttribute(pointer, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), queue, s);
+    allowed.shared = s.shared;
+  }
+  if (s.cluster > allowed.cluster) {
+    check(cudaFuncSetAttribute(pointer, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), queue, s);
+    allowed.cluster = s.cluster;
+  }
 }
 
 }  // namespace launching
@@ -127,8 +139,9 @@ namespace launching {
 
 template <class... P>
 int ask_for_clusters(const Queue& queue, const LaunchShape& s, void (*kernel)(P...)) {
-  if (s.cluster > 8 && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                            cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+  if (s.cluster > kFreeCluster &&
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+          cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

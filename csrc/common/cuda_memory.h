@@ -9,9 +9,11 @@ namespace dlkernels {
 
 // What will become of the cache lines that an access touches.
 enum class Use {
-  kOnce,   // nobody needs them again: they leave the caches first
-  kAgain,  // the second read is to come from L2; also for what other blocks of the same kernel wrote
-  kShared  // small and read by many blocks: parameters. Not for what the same kernel writes
+  kOnce,    // nobody needs them again: they leave the caches first
+  kAgain,   // the second read is to come from L2; also for what other blocks of the same kernel wrote
+  kShared,  // small and read by many blocks: parameters. Constant for as long as the kernel runs, from its start on:
+            // such a load may come before wait_for_previous_kernel()
+  kHanded   // the same, behind wait_for_previous_kernel(), of what that kernel wrote
 };
 
 constexpr int kPackBytes = 16;
@@ -65,6 +67,7 @@ template <Use U, class W>
 DL_DEVICE W load_word(const W* p) {
   if constexpr (U == Use::kOnce) return __ldcs(p);
   if constexpr (U == Use::kShared) return __ldg(p);
+  if constexpr (U == Use::kHanded) return *p;
   return __ldcg(p);  // past L1, which does not see what other multiprocessors write
 }
 template <Use U, class W>
@@ -84,6 +87,7 @@ struct Word<16> {
 
 template <Use U, class W>
 DL_DEVICE W load_word(const W* p) {
+  if constexpr (U == Use::kShared) shim::on_load_of_constant(p, sizeof(W));
   shim::on_load(p, sizeof(W));
   return *p;
 }
@@ -139,6 +143,13 @@ DL_DEVICE void keep_packed([[maybe_unused]] Pack<T, N>& pack) {
     asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
     pack = bit_cast<Pack<T, N>>(w);
   }
+#endif
+}
+
+// A number that the compiler knows nothing about.
+DL_DEVICE void opaque([[maybe_unused]] int& x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
 #endif
 }
 

@@ -53,12 +53,32 @@ DL_DEVICE T block_sum(T value, BlockSums<T, 1>& scratch) {
   return values[0];
 }
 
-// What a block's threads all have becomes its sum over the blocks of the cluster, in their order. `slot` lies in shared
-// memory, is of N values, and used once: the caller has a barrier of the cluster before its blocks exit or write to it
-// again.
+// The sum of what the blocks of the cluster have where `own` lies, in their order. Four loads are on their way at a
+// time: each takes as long as ten from one's own block.
+template <class T>
+DL_DEVICE T sum_over_cluster(T* own) {
+  constexpr unsigned kUnroll = 4;
+  const unsigned blocks = cluster_size();
+  T sum = T(0);
+  DL_LOOPED
+  for (unsigned first = 0; first < blocks; first += kUnroll) {
+    T of_block[kUnroll];
+    DL_UNROLL
+    for (unsigned u = 0; u < kUnroll; ++u)
+      of_block[u] = first + u < blocks ? *in_block_of_cluster(own, first + u) : T(0);
+    DL_UNROLL
+    for (unsigned u = 0; u < kUnroll; ++u) sum += of_block[u];
+  }
+  return sum;
+}
+
+// What a block's threads all have becomes its sum over the blocks of the cluster: a lane asks one of them. `slot` lies
+// in shared memory, is of N values, and used once: the caller has a barrier of the cluster before its blocks exit or
+// write to it again.
 template <int N, class T>
 DL_DEVICE void cluster_sum_of_blocks(T (&value)[N], T* slot) {
-  if (cluster_size() == 1) return;
+  const unsigned blocks = cluster_size();
+  if (blocks == 1) return;
   if (threadIdx.x == 0) {
     DL_UNROLL
     for (int i = 0; i < N; ++i) slot[i] = value[i];
@@ -66,8 +86,8 @@ DL_DEVICE void cluster_sum_of_blocks(T (&value)[N], T* slot) {
   cluster_barrier();
   DL_UNROLL
   for (int i = 0; i < N; ++i) {
-    value[i] = T(0);
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) value[i] += *in_block_of_cluster(&slot[i], rank);
+    const unsigned rank = static_cast<unsigned>(lane()) % kMaxCluster;
+    value[i] = warp_sum(rank < blocks ? *in_block_of_cluster(&slot[i], rank) : T(0), kMaxCluster);
   }
 }
 

@@ -9,6 +9,9 @@
 #include <vector>
 
 #if !defined(DL_CUDA_HOST)
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
@@ -101,14 +104,15 @@ std::string cuda_code_problem(int arch) {
 
 namespace launching {
 
-bool remember(const void* kernel, int device, unsigned shared, unsigned cluster) {
+Allowance allowance(const void* kernel, int device) {
+  struct Allowed {
+    unsigned shared = kFreeShared, cluster = kFreeCluster;
+  };
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, std::pair<unsigned, unsigned> > largest;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& known = largest[{kernel, device}];
-  if (shared <= known.first && cluster <= known.second) return true;
-  known = {std::max(shared, known.first), std::max(cluster, known.second)};
-  return false;
+  static std::map<std::pair<const void*, int>, Allowed> all;
+  std::unique_lock<std::mutex> lock(mutex);
+  Allowed& own = all[{kernel, device}];
+  return {std::move(lock), own.shared, own.cluster};
 }
 
 namespace {
@@ -150,23 +154,50 @@ const Machine& machine_of(const at::Tensor& x) {
 
 bool is_capturing(const Queue& queue) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &capture) != cudaSuccess ||
-         capture != cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &capture) == cudaSuccess)
+    return capture != cudaStreamCaptureStatusNone;
+  cudaGetLastError();  // another stream is, as long as which this one is not to be used
+  return true;
 }
 
+namespace {
+
+// Zeros that stay, in memory that is not the allocator's: under a pool, as torch.compile's CUDA graphs have one for
+// their warm-up, it would hand this memory out to others while a kernel counts in it.
+unsigned* lasting_zeros(const Queue& queue, int64_t count) {
+  const c10::cuda::CUDAStreamCaptureModeGuard allowed(cudaStreamCaptureModeRelaxed);  // while another thread captures
+  const size_t bytes = static_cast<size_t>(count) * sizeof(unsigned);
+  void* data = nullptr;
+  if (cudaMalloc(&data, bytes) != cudaSuccess) {
+    cudaGetLastError();
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    C10_CUDA_CHECK(cudaMalloc(&data, bytes));
+  }
+  C10_CUDA_CHECK(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(queue.stream)));
+  return static_cast<unsigned*>(data);
+}
+
+}  // namespace
+
 Counters zeroed_counters(const Queue& queue, int64_t count) {
-  const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(queue.machine->index));
-  const auto with_pointer = [](const at::Tensor& t) {
-    return Counters{t, reinterpret_cast<unsigned*>(t.mutable_data_ptr<int>())};
+  if (is_capturing(queue)) {  // of the graph's own memory, cleared by each replay
+    const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(queue.machine->index));
+    const at::Tensor zeros = at::zeros({count}, at::device(device).dtype(at::kInt));
+    return {zeros, reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<int>())};
+  }
+  struct Kept {
+    unsigned* data = nullptr;
+    int64_t count = 0;
   };
-  const auto fresh = [&] { return at::zeros({count}, at::device(device).dtype(at::kInt)); };
-  if (is_capturing(queue)) return with_pointer(fresh());  // of the graph's own memory, cleared by each replay
   static std::mutex mutex;
-  static auto& kept = *new std::map<std::pair<int, void*>, at::Tensor>();  // outlives the driver's shutdown
+  static std::map<std::pair<int, void*>, Kept> kept;
   const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& counters = kept[{queue.machine->index, queue.stream}];
-  if (!counters.defined() || counters.numel() < count) counters = fresh();
-  return with_pointer(counters);
+  Kept& own = kept[{queue.machine->index, queue.stream}];
+  if (own.count < count) {  // those before may be in use: they stay, and are fewer than these
+    const int64_t more = std::max<int64_t>({count, 2 * own.count, 1024});
+    own = {lasting_zeros(queue, more), more};
+  }
+  return {{}, own.data};
 }
 
 CudaCall::CudaCall(const char* op, const at::Tensor& x) : guard_(x.device()) {

@@ -59,7 +59,7 @@ struct Weight {
 };
 DL_DEVICE Weight attention_weight(float a, bool logits) {
   if (!logits) return {a, 1.0f};
-  const float e = vexp(-vabs(a)), r = 1.0f / (1.0f + e), rest = e * r;  // neither is a difference from 1
+  const float e = vexp(-vabs(a)), r = vreciprocal(1.0f + e), rest = e * r;  // neither is a difference from 1
   return {a < 0.0f ? rest : r, r * rest};
 }
 // Weights outside of [0, 1] are an error, which a GPU is not waited for to report.

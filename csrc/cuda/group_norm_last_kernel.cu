@@ -114,12 +114,7 @@ DL_DEVICE void tile_barrier(const Team& team) {
     GROUP_NORM_TEAM_BARRIER(team);
   }
 }
-DL_DEVICE float over_tile(float* value) {
-  if (cluster_size() == 1) return *value;
-  float sum = 0.0f;
-  for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += *in_block_of_cluster(value, rank);
-  return sum;
-}
+DL_DEVICE float over_tile(float* value) { return cluster_size() == 1 ? *value : sum_over_cluster(value); }
 
 // f(channel in the tile, index of it among N) for the channels of a vector.
 template <int N, class F>

@@ -150,22 +150,30 @@ DL_DEVICE AffineTerms affine_of(const GroupNormCall& a, unsigned n, unsigned c) 
           parameter_at(a.bias, c, 0.0f) * factor + parameter_at(a.shift, nc, 0.0f)};
 }
 
-// The switch is the same for all threads; it stands around N values.
+// f(kind, i) for N values. The switch is the same for all threads; it stands around four values, which have something
+// to do for each other while one waits, and registers for that.
+template <int N, class F>
+DL_DEVICE void for_values(int activation, F f) {
+  constexpr int kStep = N < 4 ? N : 4;
+  DL_UNROLL
+  for (int first = 0; first < N; first += kStep) {
+    opaque(activation);  // or one switch would be made for all of them
+    with_activation(static_cast<Activation>(activation), [&](auto kind) {
+      DL_UNROLL
+      for (int i = first; i < first + kStep; ++i) f(kind, i);
+    });
+  }
+}
+
 template <int N>
 DL_DEVICE void activate_all(int activation, Floats<N>& z) {
-  with_activation(static_cast<Activation>(activation), [&](auto kind) {
-    DL_UNROLL
-    for (int i = 0; i < N; ++i) z[i] = activate<decltype(kind)::value>(z[i]);
-  });
+  for_values<N>(activation, [&](auto kind, int i) { z[i] = activate<decltype(kind)::value>(z[i]); });
 }
 
 // dy becomes dz = dy act'(z).
 template <int N>
 DL_DEVICE void times_slope(int activation, Floats<N>& dy, const Floats<N>& z) {
-  with_activation(static_cast<Activation>(activation), [&](auto kind) {
-    DL_UNROLL
-    for (int i = 0; i < N; ++i) dy[i] *= slope<decltype(kind)::value>(z[i]);
-  });
+  for_values<N>(activation, [&](auto kind, int i) { dy[i] *= slope<decltype(kind)::value>(z[i]); });
 }
 
 template <int N>

@@ -63,12 +63,13 @@ struct SharedValues {
     return x;
   }
 };
+template <Use U = Use::kShared>
 struct GlobalValues {
   const float* v;
-  DL_DEVICE float one(int64_t i) const { return load_one(v + i); }
+  DL_DEVICE float one(int64_t i) const { return load_one<U>(v + i); }
   template <int N>
   DL_DEVICE Floats<N> many(int64_t i) const {
-    return load<N, Use::kShared>(v + i);
+    return load<N, U>(v + i);
   }
 };
 
@@ -140,7 +141,7 @@ struct Streamed {
         const Floats<N> r = to_floats(raw.r);
         Floats<N> gate;
         if (last) {
-          gate = GlobalValues{e}.template many<N>(col);
+          gate = GlobalValues<>{e}.template many<N>(col);
         } else {
           const float one = load_one(e + row);
           DL_UNROLL
@@ -333,7 +334,7 @@ DL_DEVICE void channel_sums(const SqueezeExciteArgs& a, int64_t n, const Tile& t
           const auto at = [&](const T* v) { return to_floats(*reinterpret_cast<const Pack<T, N>*>(v + i)); };
           Floats<N> dz = at(room.slab);
           upstream(a.residual_activation, at(room.second),
-                   of_channels<N>(a.last, false, tile.width, i, GlobalValues{e}), at(room.third), dz);
+                   of_channels<N>(a.last, false, tile.width, i, GlobalValues<>{e}), at(room.third), dz);
           const Pack<T, N> kept = to_pack<T>(dz);
           store_pack<N, kUse>(dresidual + i, kept);
           *reinterpret_cast<Pack<T, N>*>(room.slab + i) = kept;
@@ -353,20 +354,37 @@ DL_DEVICE float weight(const SqueezeExciteWeight& w, int64_t i) {
   return w.single ? load_one(static_cast<const float*>(w.data) + i) : load_one(static_cast<const T*>(w.data) + i);
 }
 
-// done(o, sum_i w[first + o ld + i] v[i]), in one thread: v in shared memory.
+// done(o, sum_i w[o ld + i] v[i]), in one thread: v in shared memory. Of U rows at a time: a row is a few loads, and a
+// block has nothing else to do while they are on their way.
 template <class W, class F>
 DL_DEVICE void rows_times(const W* w, int64_t ld, int rows, int length, const float* v, F done) {
+  constexpr int U = 4;
   int lanes = kWarp;
-  while (lanes > 1 && lanes / 2 >= length) lanes /= 2;
+  while (lanes > U && lanes / 2 >= length) lanes /= 2;
   const int inside = lane() % lanes, groups = static_cast<int>(blockDim.x) / lanes;
   DL_LOOPED
-  for (int base = warp() * (kWarp / lanes); base < rows; base += groups) {
-    const int row = base + lane() / lanes, end = row < rows ? length : 0;
-    const W* from = w + row * ld;
-    float sum = 0;
-    for (int i = inside; i < end; i += lanes) sum += load_one(from + i) * v[i];
-    sum = warp_sum(sum, lanes);
-    if (row < rows && inside == 0) done(row, sum);
+  for (int base = warp() * (kWarp / lanes); base < rows; base += U * groups) {
+    const int first = base + lane() / lanes;
+    float sum[U] = {};
+    DL_LOOPED
+    for (int i = inside; i < length; i += lanes) {
+      float of_row[U];
+      DL_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const int row = first + u * groups;
+        of_row[u] = row < rows ? load_one(w + row * ld + i) : 0.0f;
+      }
+      DL_UNROLL
+      for (int u = 0; u < U; ++u) sum[u] += of_row[u] * v[i];
+    }
+    float own = 0;  // each of the first U lanes finishes a row
+    DL_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const float total = warp_sum(sum[u], lanes);
+      if (inside == u) own = total;
+    }
+    const int row = first + inside * groups;
+    if (inside < U && row < rows) done(row, own);
   }
 }
 

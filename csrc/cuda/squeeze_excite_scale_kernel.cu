@@ -21,12 +21,13 @@ DL_DEVICE void in_sample(const SqueezeExciteArgs& a, F f) {
 
 // Values of the channels at an element: 32-bit divisions where a sample allows it.
 template <int N>
-DL_DEVICE Floats<N> at_element(const SqueezeExciteArgs& a, const float* values, int64_t at) {
+DL_DEVICE Floats<N> at_element(const SqueezeExciteArgs& a, const float* of_sample, int64_t at) {
+  const GlobalValues<Use::kHanded> values{of_sample};
   const int64_t inner = a.last ? a.c : a.s;
   const bool whole = N == 1 || inner % N == 0;
   if (a.c * a.s <= 0x7fffffff)
-    return of_channels<N>(a.last, whole, static_cast<unsigned>(inner), static_cast<unsigned>(at), GlobalValues{values});
-  return of_channels<N>(a.last, whole, inner, at, GlobalValues{values});
+    return of_channels<N>(a.last, whole, static_cast<unsigned>(inner), static_cast<unsigned>(at), values);
+  return of_channels<N>(a.last, whole, inner, at, values);
 }
 
 // Math      y = act(x e + r).

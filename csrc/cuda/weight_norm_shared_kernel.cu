@@ -55,11 +55,8 @@ weight_norm_cluster_kernel(const WeightNormLayer a, const WeightNormParts parts)
     cluster_barrier();
     for (unsigned k = threadIdx.x; k < p.ks; k += kThreads) {
       const bool exact = kBackward && out_of_range(load_one(a.norm + p.k0 + k));
-      double squares = 0, dot = 0;
-      for (unsigned rank = 0; rank < cluster_size(); ++rank) {
-        if (!kBackward || exact) squares += *in_block_of_cluster(&shared.squares[k], rank);
-        if (kBackward) dot += *in_block_of_cluster(&shared.dots[k], rank);
-      }
+      const double squares = !kBackward || exact ? sum_over_cluster(&shared.squares[k]) : 0.0;
+      const double dot = kBackward ? sum_over_cluster(&shared.dots[k]) : 0.0;
       factors_of<T, kBackward>(a, p, k, squares, dot, of_part == 0, shared.row[k]);
     }
     cluster_barrier();  // no block leaves while others read its sums

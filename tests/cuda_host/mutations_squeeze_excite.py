@@ -5,6 +5,13 @@ TESTS = "tests/cuda_host/test_squeeze_excite_on_host.py"
 
 # (file, text, text in its place, test)
 MUTATIONS = [
+    # Gates taken for constant that the kernel before, still running, writes.
+    (
+        f"{CUDA}_scale_kernel.cu",
+        "GlobalValues<Use::kHanded>",
+        "GlobalValues<Use::kShared>",
+        f"{TESTS}::test_traffic",
+    ),
     # Another block's gates left out.
     (f"{CUDA}_cluster_kernel.cu", "if (owner != rank)", "if (owner < rank)", f"{TESTS}::test_clusters"),
     # The end of a sample, one pack too far.

@@ -26,8 +26,8 @@ MUTATIONS = [
     ),
     (
         SHARED,
-        "if (!kBackward || exact) squares +=",
-        "if (!kBackward) squares +=",
+        "squares = !kBackward || exact ?",
+        "squares = !kBackward ?",
         f"{TESTS}::test_squares_out_of_range",
     ),
 ]

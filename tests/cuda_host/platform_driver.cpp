@@ -442,6 +442,37 @@ void check_counted_bytes() {
   expect(shim::counted_bytes() == right, "bytes in all, and loaded, stored, loaded again of each span");
 }
 
+// Kernels that start while the one before ends ---------------------------------------------------------------------
+
+DL_KERNEL(32, 1) hand_over_kernel(float* x) { store_one(x + threadIdx.x, 1.0f); }
+template <Use U, bool kWaits>
+DL_KERNEL(32, 1)
+take_over_kernel(const float* x, float* y) {
+  if (kWaits) wait_for_previous_kernel();
+  const float value = load_one<U>(x + threadIdx.x);
+  wait_for_previous_kernel();
+  store_one(y + threadIdx.x, value);
+}
+DL_KERNEL(32, 1) hasty_kernel(const float*, float* y) { store_one(y + threadIdx.x, 1.0f); }
+DL_KERNEL(32, 1) own_constant_kernel(const float*, float* y) {
+  store_one(y + threadIdx.x, 1.0f);
+  load_one(y + threadIdx.x);
+}
+void check_overlap() {
+  Array<float> x(32), y(32);
+  const auto run = [&](void (*kernel)(const float*, float*), bool overlap) {
+    launch(queue, {1, 32}, hand_over_kernel, x.data);
+    launch(queue, {1, 32, 0, 1, overlap}, kernel, x.data, y.data);
+  };
+  run(take_over_kernel<Use::kShared, true>, false);
+  run(take_over_kernel<Use::kHanded, true>, true);
+  run(take_over_kernel<Use::kAgain, true>, true);
+  expect_error("takes for constant", [&] { run(take_over_kernel<Use::kShared, true>, true); });
+  expect_error("takes for constant", [&] { run(own_constant_kernel, false); });
+  expect_error("has not waited for it", [&] { run(take_over_kernel<Use::kAgain, false>, true); });
+  expect_error("before it has waited", [&] { run(hasty_kernel, true); });
+}
+
 // Clusters ------------------------------------------------------------------------------------------------------------
 
 DL_KERNEL(32, 1) too_high_rank_kernel(float*) { in_block_of_cluster(shared_memory<float>(), cluster_size()); }
@@ -501,6 +532,7 @@ const std::map<std::string, void (*)()> kChecks = {
     {"unwritten_shared_memory", check_unwritten_shared_memory},
     {"counted_bytes", check_counted_bytes},
     {"clusters_memory", check_clusters_memory},
+    {"overlap", check_overlap},
     {"refused_launches", check_refused_launches},
     // What a sanitizer ends the process for.
     {"fault_shared_memory", fault_shared_memory},

@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <set>
+#include <unordered_set>
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -118,6 +119,7 @@ struct Fiber {
   Waits waits = Waits::kNothing;
   uint64_t until = 0;  // the generation that ends the wait
   uint64_t cluster_arrived = 0;
+  bool waited = false;                    // for the kernel before
   std::vector<std::vector<Copy>> copies;  // groups under way; the last one is open
 };
 
@@ -289,6 +291,14 @@ struct Range {
 std::vector<Range> ranges;
 int64_t loaded = 0, stored = 0;
 bool counting = false;
+// Words of 4 bytes that this launch wrote, and that those wrote which it may overlap.
+std::unordered_set<uintptr_t> written, written_before;
+
+template <class F>
+void for_words(const void* p, size_t bytes, F f) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  for (uintptr_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) f(word);
+}
 
 template <class F>
 void in_range(const void* p, F f) {
@@ -371,6 +381,11 @@ const void* exchange(Collective kind, const void* value, size_t bytes) {
 
 void on_load(const void* p, size_t bytes) {
   check_alignment(p, bytes);
+  if (shape->overlap && !current->waited) {
+    for_words(p, bytes, [](uintptr_t word) {
+      if (written_before.count(word) != 0) fail("reads what the kernel before writes, and has not waited for it");
+    });
+  }
   if (!counting) return;
   loaded += static_cast<int64_t>(bytes);
   in_range(p, [&](Range& r, size_t offset) {
@@ -381,12 +396,22 @@ void on_load(const void* p, size_t bytes) {
     }
   });
 }
+void on_load_of_constant(const void* p, size_t bytes) {
+  for_words(p, bytes, [](uintptr_t word) {
+    if (written.count(word) + written_before.count(word) != 0)
+      fail("takes for constant what this kernel, or the one it overlaps, writes");
+  });
+}
 void on_store(const void* p, size_t bytes) {
   check_alignment(p, bytes);
+  if (shape->overlap && !current->waited) fail("writes before it has waited for the kernel before");
+  for_words(p, bytes, [](uintptr_t word) { written.insert(word); });
   if (!counting) return;
   stored += static_cast<int64_t>(bytes);
   in_range(p, [&](Range& r, size_t) { r.stored += static_cast<int64_t>(bytes); });
 }
+
+void wait_for_previous_kernel() { current->waited = true; }
 
 void copy_later(void* to, const void* from, size_t bytes) {
   check_alignment(to, bytes);
@@ -416,6 +441,9 @@ void run(const char* op, const Shape& s, const std::function<void()>& body) {
   if (s.cluster > 1 && settings.arch < 90) refuse("clusters before sm_90");
   launches.push_back({op, s});
   if (dry) return;
+  if (!s.overlap) written_before.clear();
+  else written_before.insert(written.begin(), written.end());
+  written.clear();
   kernel = &body;
   shape = &s;
   here = {};

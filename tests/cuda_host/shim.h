@@ -47,6 +47,8 @@ const void* exchange(Collective kind, const void* value, size_t bytes);
 
 void on_load(const void* p, size_t bytes);
 void on_store(const void* p, size_t bytes);
+void on_load_of_constant(const void* p, size_t bytes);  // besides on_load(): of what the kernel takes for constant
+void wait_for_previous_kernel();
 void copy_later(void* shared, const void* global, size_t bytes);
 void close_copies();
 void copies_done(int groups_under_way);
@@ -142,7 +144,7 @@ template <class T>
 T* in_block_of_cluster(T* own, unsigned rank) {
   return static_cast<T*>(shim::in_block_of_cluster(own, rank));
 }
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { shim::wait_for_previous_kernel(); }
 inline void allow_next_kernel() {}
 
 inline unsigned take_ticket(unsigned* counter) { return (*counter)++; }

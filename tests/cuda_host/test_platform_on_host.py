@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CHECKS = (
     "half_precision",
     "last_block",
     "missing_barriers",
+    "overlap",
     "refused_launches",
     "unwritten_shared_memory",
     "warp_sum",
@@ -64,6 +66,13 @@ def test_fault_is_noticed(name: str, driver: Path) -> None:
     done = run(driver, name, str(SEED))
     assert done.returncode not in (0, 2)
     assert any(words in done.stderr for words in FAULTS[name].split("|")), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("source", sorted((_twin.ROOT / "csrc" / "cuda").glob("*.cpp")), ids=lambda path: path.stem)
+def test_what_stays_is_not_of_the_allocator(source: Path) -> None:
+    """A tensor that outlives a call would lie in the memory pool in force, which others are given later."""
+    of_device = source.read_text().split("#else\n\nnamespace {", 1)[-1]  # behind what the twin has in its place
+    assert re.findall(r"static [^;(]*\bat::Tensor\b[^;]*;", of_device) == []
 
 
 def test_no_check_is_forgotten(driver: Path) -> None:
