@@ -264,13 +264,14 @@ def _scale_stored_grad_fake(grad_output: Tensor, stored: Tensor, divisor: Tensor
 register(ScaleStoredGrad, _scale_stored_grad_fake)
 
 
-def stored_grad_is_free(stored: Tensor) -> bool:
+def stored_grad_is_free(stored: Tensor, grad_output: Tensor) -> bool:
     """True when the backward pass under way is the last use of a stored gradient that Triton can scale in place."""
     graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return (
         type(stored) is Tensor
         and not torch.compiler.is_compiling()
         and not transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad_output)  # is_grads_batched, no transform by that name
         and _backend.choose(stored.device.type, "scale_stored_grad_") in ("triton", "cuda")
         and not graph_is_kept()
     )

@@ -40,7 +40,7 @@ def reduced_backward(ctx: Any, grad_output: Tensor, rows_shape: Any, recompute: 
 def scale_stored(ctx: Any, grad_output: Tensor, stored: Tensor, divisor: Tensor) -> Tensor:
     """A stored gradient times the upstream one; float16 was stored undivided. In place where this is its last use."""
     by = divisor if stored.dtype == torch.float16 else None
-    if not stored_grad_is_free(stored):
+    if not stored_grad_is_free(stored, grad_output):
         return ScaleStoredGrad.call(grad_output, stored, by)
     ctx.stored = None  # .grad takes the buffer over without a copy
     return scale_in_place(grad_output, stored, by)
