@@ -103,6 +103,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(name)
 
 
+@pytest.fixture
+def tensors_on_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors are made on the device under test, in tests that have one."""
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else torch.device("cpu")
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _reference_warning_once() -> None:
     """The one warning about missing kernels comes here, so that tests may turn warnings into errors."""

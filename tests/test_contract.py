@@ -1419,7 +1419,7 @@ def test_cuda_graph(op: OpCase, device: torch.device) -> None:
 @pytest.mark.gpu
 @contract()
 def test_memory_pool(op: OpCase, device: torch.device) -> None:
-    """Nothing that a call keeps lies in the pool in force: the warm-up of torch.compile's CUDA graphs takes all of it."""
+    """Nothing that a call keeps lies in the pool in force: the warm-up of CUDA graphs by torch.compile takes it."""
     tensors = inputs(op, device)
     pool = torch.cuda.MemPool()
     side = torch.cuda.Stream()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,17 +24,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
 
 backend = backend_fixture("gccs_loss")
-pytestmark = pytest.mark.filterwarnings("ignore:gccs_loss. a batch of fewer:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _tensors_on(device: torch.device) -> Iterator[None]:
-    """Tensors are made on the device under test."""
-    if device.type == "cpu":
-        yield
-        return
-    with torch.device(device):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:gccs_loss. a batch of fewer:UserWarning"),
+    pytest.mark.usefixtures("tensors_on_device"),
+]
 
 
 # The formula, again ---------------------------------------------------------------------------------------------------

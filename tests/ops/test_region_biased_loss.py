@@ -21,6 +21,7 @@ from dlkernels.testing import assert_bitwise, assert_within_budget, num_threads,
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 backend = backend_fixture("region_biased_loss", interpreted=True)
+pytestmark = pytest.mark.usefixtures("tensors_on_device")
 
 
 class Case(NamedTuple):
@@ -50,11 +51,13 @@ CASES = [
 def draw(case: Case, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weights (of both signs and up to 2), a mask of two thirds with a row without crops, and a gradient per row."""
     generator = torch.Generator().manual_seed(seed)
-    x = (0.7 * torch.randn(case.shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
-    g = 0.5 + torch.rand(case.shape[:1], generator=generator, dtype=torch.float64)
-    mask = torch.rand(case.shape, generator=generator) < 0.67
+    drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    x = (0.7 * torch.randn(case.shape, **drawn) + 0.5).to(dtype)
+    g = 0.5 + torch.rand(case.shape[:1], **drawn)
+    mask = torch.rand(case.shape, **drawn) < 0.67
     mask[-1] = case.shape[0] == 1
-    return x, mask if case.masked else None, g
+    device = torch.get_default_device()
+    return x.to(device), mask.to(device) if case.masked else None, g.to(device)
 
 
 # What is compared with ------------------------------------------------------------------------------------------------

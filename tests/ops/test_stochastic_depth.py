@@ -317,9 +317,10 @@ def broken(flaw: str) -> Callable[..., Tensor]:
             return plain(input, p, mode, training, residual)
         rows = input.shape[0] if (mode == "row") != (flaw == "other mode") else 1
         rate = p if flaw == "p is the survival rate" else 1 - p
-        noise = torch.empty(rows, *[1] * (input.dim() - 1), dtype=input.dtype).bernoulli_(rate)
+        form = (rows, *[1] * (input.dim() - 1))
+        noise = torch.empty(form, dtype=input.dtype, device=input.device).bernoulli_(rate)
         if flaw == "drawn in float32":
-            noise = torch.rand(rows, *[1] * (input.dim() - 1)).lt(rate).to(input.dtype)
+            noise = torch.rand(form, device=input.device).lt(rate).to(input.dtype)
         if flaw != "not rescaled" and rate > 0:
             noise.div_(rate)
         if flaw == "residual scaled too" and residual is not None:

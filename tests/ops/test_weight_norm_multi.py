@@ -316,7 +316,7 @@ def test_a_failed_pass_leaves_nothing(device: torch.device) -> None:
 
 def test_nested_models(device: torch.device, calls: list[Any]) -> None:
     net, x = network(device=device), data(device)
-    whole = nn.Sequential(net, weight_norm(nn.Linear(5, 2)))
+    whole = nn.Sequential(net, weight_norm(nn.Linear(5, 2, device=device)))
     plain = step(copy.deepcopy(whole), x)
     fuse_weight_norm(net)
     fuse_weight_norm(whole)
