@@ -21,7 +21,7 @@ export MAX_JOBS
 # make gpu: BUDGET=seconds in all, OUT=folder, STAGES=build,test,...; it has the machine to itself, hence all of its cores.
 gpu: MAX_JOBS := $(if $(filter file,$(origin MAX_JOBS)),$(shell nproc),$(MAX_JOBS))
 
-.PHONY: demo test test-python test-interpreter test-cuda-host test-real bench gpu lint format build clean help
+.PHONY: demo test test-python test-interpreter test-cuda-host test-pretended test-real bench gpu lint format build clean help
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -39,7 +39,7 @@ build: $(READY)
 demo: build
 	$(PY) -m dlkernels demo
 
-test: test-python test-interpreter test-cuda-host
+test: test-python test-interpreter test-cuda-host test-pretended
 
 # Two workers where pytest-xdist is there; the one that is done takes over what waits for the other.
 pytest = $(1) -m pytest $$($(1) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
@@ -57,6 +57,11 @@ test-cuda-host: build
 	rm -f build/cuda_host/report.*
 	twin=$$($(PY) tests/cuda_host/_twin.py --env) && eval "$$twin" && export TRITON_INTERPRET=1 DLKERNELS_REQUIRE=twin,interpreter && \
 	  $(PYTEST) tests/cuda_host && $(PYTEST) tests/ops -k cuda || { cat build/cuda_host/report.* 2>/dev/null; exit 1; }
+
+# The tests that touch a device on one that is pretended: what mixes devices, or waits for one, is found without a GPU.
+test-pretended: build
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR):$(CURDIR)/tests TRITON_INTERPRET=1 $(PYTEST) -p pretend_cuda tests --device cuda \
+	  --ignore tests/triton_kernels --ignore tests/cuda_host --ignore tests/real
 
 # Models of other people's libraries, in an environment of their own. torch and triton first, then always under their
 # constraint: torchvision alone would bring another torch.
