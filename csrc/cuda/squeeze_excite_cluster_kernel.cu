@@ -1,5 +1,5 @@
 // Squeeze-and-excitation with a sample in the shared memory of a cluster of blocks, both passes.
-#include "squeeze_excite_parts.h"
+#include "squeeze_excite_layers.h"
 
 namespace dlkernels {
 namespace squeeze_excite {

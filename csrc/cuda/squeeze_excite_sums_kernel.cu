@@ -1,5 +1,5 @@
 // Squeeze-and-excitation in two sweeps over global memory: the sums of both passes, and the layers in between.
-#include "squeeze_excite_parts.h"
+#include "squeeze_excite_layers.h"
 
 namespace dlkernels {
 namespace squeeze_excite {
