@@ -14,7 +14,7 @@ else
   READY :=
 endif
 
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 MAX_JOBS ?= 2
 export MAX_JOBS
 
@@ -60,7 +60,7 @@ test-cuda-host: build
 
 # The tests that touch a device on one that is pretended: what mixes devices, or waits for one, is found without a GPU.
 test-pretended: build
-	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR):$(CURDIR)/tests TRITON_INTERPRET=1 $(PYTEST) -p pretend_cuda tests --device cuda \
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR)/tests:$(PYTHONPATH) TRITON_INTERPRET=1 $(PYTEST) -p pretend_cuda tests --device cuda \
 	  --ignore tests/triton_kernels --ignore tests/cuda_host --ignore tests/real
 
 # Models of other people's libraries, in an environment of their own. torch and triton first, then always under their

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def build_options() -> dict:
     cuda_kernels = sorted((ROOT / "csrc" / "cuda").glob("*_kernel.cu")) if cuda else []
     macros = []
     if cuda:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        arch_flags = cpp_extension._get_cuda_arch_flags()
+        archs = architectures(arch_flags)
         macros = [("DLKERNELS_WITH_CUDA", None), ("DLKERNELS_CUDA_ARCHS", f'"{archs}"')]
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extension = make(
@@ -146,7 +149,7 @@ def build_options() -> dict:
         def build_extension(self, ext):
             objects = compile_kernels(kernels, Path(self.build_temp))
             if cuda_kernels:
-                nvcc = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), *cpp_extension._get_cuda_arch_flags()]
+                nvcc = [str(Path(cpp_extension.CUDA_HOME, "bin", "nvcc")), *arch_flags]
                 objects += compile_cuda(cuda_kernels, Path(self.build_temp), nvcc)
             ext.extra_objects = [str(o) for o in objects]
             ext.depends += ext.extra_objects
@@ -221,6 +224,16 @@ def compiler_and_headers() -> str:
     """One name for what all objects are made with."""
     version = subprocess.run([*cxx().split(), "--version"], capture_output=True).stdout
     return hashlib.sha256(version + b"".join(p.read_bytes() for p in sorted((ROOT / "csrc").rglob("*.h")))).hexdigest()
+
+
+def architectures(flags) -> str:
+    """What nvcc's flags make code for, "8.0;9.0+PTX": TORCH_CUDA_ARCH_LIST may name generations ("Hopper") instead."""
+    found = {}
+    for flag in flags:
+        if match := re.match(r"-gencode=arch=compute_(\d+)(\d[a-z]?),code=([a-z]+)_", flag):
+            major, minor, kind = match.groups()
+            found.setdefault((int(major), minor), set()).add(kind)
+    return ";".join(f"{a}.{b}" + ("+PTX" if "compute" in found[a, b] else "") for a, b in sorted(found))
 
 
 def compile_in_threads(compiler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,22 @@ def test_every_architecture_is_in_the_build() -> None:
         assert _backend.C.cuda_code_problem(int(arch.replace(".", ""))) == ""
     reason = _backend.C.cuda_code_problem(52)
     assert "sm_52" in reason and "TORCH_CUDA_ARCH_LIST" in reason and "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("9.0", "9.0"),
+        ("7.5;8.0;9.0;10.0+PTX", "7.5;8.0;9.0;10.0+PTX"),
+        ("Hopper", "9.0+PTX"),
+        ("8.0 9.0a", "8.0;9.0a"),
+    ],
+)
+def test_architectures_by_number_and_by_name(given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that only torch understood left the kernels unused: their own check found no architecture in it."""
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension", reason="needs compiler")
+    setuptools = pytest.importorskip("setuptools", reason="needs compiler")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    setup = runpy.run_path(str(SOURCES[0].parents[2] / "setup.py"))
+    assert setup["architectures"](cpp_extension._get_cuda_arch_flags()) == expected
