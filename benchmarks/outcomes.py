@@ -9,6 +9,7 @@ follows: it ends, and pytest-xdist starts another one; without it the exit code 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
 import sys
@@ -43,7 +44,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen = set(read(Path(path))[0])
     if gone := [item for item in items if item.nodeid in seen]:
         config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item.nodeid not in seen]
+    left = {item.nodeid: item for item in items if item.nodeid not in seen}
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [left[nodeid] for nodeid in spread(list(left), workers)]
+
+
+def spread(tests: list[str], workers: int = 1) -> list[str]:
+    """A case of every test function, then the next of each: a run that is cut short has seen something of all.
+
+    Each of the workers starts with a stretch of the list, which has this order too.
+    """
+    cases: dict[str, list[str]] = {}
+    for test in tests:
+        cases.setdefault(test.partition("[")[0], []).append(test)
+    ordered = [test for row in itertools.zip_longest(*cases.values()) for test in row if test is not None]
+    return [test for worker in range(workers) for test in ordered[worker::workers]]
 
 
 @pytest.hookimpl(hookwrapper=True)

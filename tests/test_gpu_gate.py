@@ -146,6 +146,14 @@ def test_outcomes_survive(tmp_path: Path, target: Path, many: bool, lose: bool) 
     assert outcomes.verdict(None) == "not finished"
 
 
+def test_tests_are_spread() -> None:
+    """Every worker begins with first cases of other functions, and no test is lost."""
+    tests = [f"{name}[{i}]" for name in "abc" for i in range(3)] + ["d"]
+    assert outcomes.spread(tests) == ["a[0]", "b[0]", "c[0]", "d", "a[1]", "b[1]", "c[1]", "a[2]", "b[2]", "c[2]"]
+    two = outcomes.spread(tests, 2)
+    assert two[:2] == ["a[0]", "c[0]"] and two[5:7] == ["b[0]", "d"] and sorted(two) == sorted(tests)
+
+
 def test_outcomes_of_a_run_that_was_killed(tmp_path: Path) -> None:
     path = tmp_path / "seen.jsonl"
     path.write_text('{"collected": ["a.py::x", "a.py::y"]}\n{"test": "a.py::x", "outcome": "passed"}\n{"test": "a.p')
