@@ -32,7 +32,7 @@ if _backend.TWIN is not None or torch.cuda.is_available():
 
 def _serve(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     if _backend._why_not(request.param, device.type):
-        pytest.skip(f"{request.param} does not serve {device.type}")
+        pytest.skip(f"by design: {request.param} does not serve {device.type}")
     with dk.backend(request.param):
         yield request.param
 
