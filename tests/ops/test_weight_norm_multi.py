@@ -29,7 +29,7 @@ if _backend.interpreting() or torch.cuda.is_available():
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     if _backend._why_not(request.param, device.type, "weight_norm_multi_fwd"):
-        pytest.skip(f"{request.param} does not serve {device.type}")
+        pytest.skip(f"by design: {request.param} does not serve {device.type}")
     with dk.backend(request.param), poisoned_empty():
         yield request.param
 
