@@ -40,12 +40,13 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 Tensors = dict[str, Tensor | None]
 
 
-def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = False) -> Any:
+def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = False, ops: str | None = None) -> Any:
     """A fixture that runs a test on each backend that can serve the device.
 
     Args:
         family: the module of dlkernels.triton that would serve it.
         plain: the reference too, which keeps intermediate results and calls operators that a fused op does not.
+        ops: how the names of its operators begin, where not with the family's: those that CUDA C++ may serve.
         interpreted: Triton's interpreter and the CUDA kernels' host twin too, for tests of a few hundred elements.
     """
     names: list[Any] = ["reference"] if plain else []
@@ -54,7 +55,7 @@ def backend_fixture(family: str, *, plain: bool = True, interpreted: bool = Fals
         torch.cuda.is_available() or (interpreted and _backend.interpreting())
     ):
         names.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-    if any(op.startswith(family) for op in _backend.CUDA_OPS) and (
+    if any(op.startswith(ops or family) for op in _backend.CUDA_OPS) and (
         torch.cuda.is_available() or (interpreted and _backend.TWIN is not None)
     ):
         names.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _layers import backend_fixture
 from torch import Tensor
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.ops.center_loss import loss_and_update
 from dlkernels.testing import (
     assert_bitwise,
@@ -38,20 +37,7 @@ DTYPES = [
 ]
 
 GPU_BACKENDS = ("triton", "cuda")
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-if _backend.interpreting() or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-if _backend.TWIN is not None or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Run the test on each backend that can serve the device."""
-    if _backend._why_not(request.param, device.type):
-        pytest.skip(f"by design: {request.param} does not serve {device.type}")
-    with dk.backend(request.param):
-        yield request.param
+backend = backend_fixture("center_loss", interpreted=True)
 
 
 def pairs_on(backend: str) -> Any:

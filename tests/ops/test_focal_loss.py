@@ -7,46 +7,24 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _layers import backend_fixture
 from torch import Tensor
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.testing import assert_bitwise, assert_within_budget, layouts, relative_error
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-if _backend.interpreting() or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-SIGMOID_BACKENDS = list(BACKENDS)  # CUDA C++ has no kernels of the softmax losses: Triton serves them
-if _backend.TWIN is not None or torch.cuda.is_available():
-    SIGMOID_BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
-
-
-def _serve(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    if _backend._why_not(request.param, device.type):
-        pytest.skip(f"by design: {request.param} does not serve {device.type}")
-    with dk.backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Run the test on each backend that can serve the device."""
-    yield from _serve(request, device)
-
-
-@pytest.fixture(params=SIGMOID_BACKENDS)
-def sigmoid_backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """The same, for tests that can do without the softmax losses."""
-    yield from _serve(request, device)
+backend = backend_fixture("focal_loss", interpreted=True)
+# For tests that can do without the softmax losses, of which CUDA C++ has no kernels: Triton serves them.
+sigmoid_backend = backend_fixture("focal_loss", interpreted=True, ops="sigmoid_focal_loss")
 
 
 # The formulas, again --------------------------------------------------------------------------------------------------

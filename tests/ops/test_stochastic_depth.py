@@ -6,32 +6,21 @@ The formulas below are written down here a second time on purpose: what they are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _layers import backend_fixture
 from torch import Tensor
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.testing import assert_bitwise, assert_within_budget, layouts, num_threads, poisoned_empty, unmodified
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-if _backend.interpreting() or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Run the test on each backend that can serve the device."""
-    if _backend._why_not(request.param, device.type):
-        pytest.skip(f"by design: {request.param} does not serve {device.type}")
-    with dk.backend(request.param):
-        yield request.param
+backend = backend_fixture("stochastic_depth", interpreted=True)
 
 
 def plain(

@@ -8,15 +8,15 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from _layers import backend_fixture
 from torch import Tensor, nn
 
 import dlkernels as dk
-from dlkernels import _backend
 from dlkernels.testing import (
     assert_bitwise,
     assert_within_budget,
@@ -30,20 +30,7 @@ from dlkernels.testing import (
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-if _backend.interpreting() or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
-if _backend.TWIN is not None or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Run the test on each backend that can serve the device."""
-    if _backend._why_not(request.param, device.type):
-        pytest.skip(f"by design: {request.param} does not serve {device.type}")
-    with dk.backend(request.param):
-        yield request.param
+backend = backend_fixture("weight_norm", interpreted=True)
 
 
 def plain(v: Tensor, g: Tensor, dim: int | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _layers import backend_fixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,19 +20,13 @@ from dlkernels.ops import _weight_norm_multi as multi
 from dlkernels.testing import assert_bitwise, poisoned_empty
 
 pytestmark = pytest.mark.needs("cpp")
-BACKENDS = [pytest.param("cpp", marks=pytest.mark.needs("cpp"))]
-if _backend.TWIN is not None or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("cuda", marks=pytest.mark.needs("twin")))
-if _backend.interpreting() or torch.cuda.is_available():
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.needs("interpreter")))
+served_by = backend_fixture("weight_norm", plain=False, interpreted=True, ops="weight_norm_multi")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    if _backend._why_not(request.param, device.type, "weight_norm_multi_fwd"):
-        pytest.skip(f"by design: {request.param} does not serve {device.type}")
-    with dk.backend(request.param), poisoned_empty():
-        yield request.param
+@pytest.fixture
+def backend(served_by: str) -> Iterator[str]:
+    with poisoned_empty():
+        yield served_by
 
 
 @pytest.fixture
