@@ -15,7 +15,7 @@ import pytest
 import report
 import timing
 import torch
-from harness import OURS, Case, Family, run_case
+from harness import OURS, Case, Family, refused, run_case
 
 HAS_PLUGIN = importlib.util.find_spec("pytest_benchmark") is not None
 
@@ -65,7 +65,7 @@ class Session:
     def measure(self, family: Family, case: Case) -> tuple[dict[str, Any], dict[str, list[float]]]:
         why = self.refusal(family.name)
         if why:
-            record, samples = {"name": case.name, "op": case.op, "refused": why, "candidates": {}}, {}
+            record, samples = refused(case.name, case.op, why), {}
         else:
             record, samples = run_case(
                 family, case, self.device, self.curve, budget_s=self.config.getoption("--bench-seconds"),

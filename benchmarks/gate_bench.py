@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,24 @@ import guard
 import report
 import timing
 import torch
-from harness import OURS, TRITON, Case, Family, candidates_for, make_draws, make_inputs, run_case
+from harness import OURS, TRITON, Case, Family, candidates_for, make_draws, make_inputs, refused, run_case
 from parity import evaluate
 
 ROW_S = 100  # a row that takes longer hangs: the process ends, and the next one goes on behind it
 Pair = tuple[Family, Case]
 
 
-def in_turn(lists: Iterable[Sequence[Pair]]) -> list[Pair]:
-    """One of each list, then the next of each: what is cut short has something of every family."""
-    return [pair for row in itertools.zip_longest(*lists) for pair in row if pair is not None]
-
-
 def queue(families: Sequence[Family], rehearse: bool = False, limit: int = 10**6) -> list[Pair]:
     """All rows by their value: the headline ones, then those that fill a GPU, then the rest."""
     if rehearse:
-        return in_turn([(family, case) for case in family.gate_cases[:limit]] for family in families)
-    head = in_turn([(family, case) for case in family.headline()] for family in families)
+        return state.in_turn([(family, case) for case in family.gate_cases[:limit]] for family in families)
+    head = state.in_turn([(family, case) for case in family.headline()] for family in families)
     names = {case.name for _, case in head}
     rest = []
     for family in families:
         cases = sorted(family.selected("cuda"), key=lambda case, family=family: case not in family.gpu_cases)
         rest.append([(family, case) for case in cases if case.name not in names])
-    return (head + in_turn(rest))[:limit]
+    return (head + state.in_turn(rest))[:limit]
 
 
 class Results:
@@ -74,10 +68,6 @@ class Results:
         doc = report.document(family, self.device, records, self.curve, tests)
         state.save(self.folder / f"{family}.json", doc | {"tests_why": why, "fingerprint": self.key})
         print(" | ".join(report.row(record)), flush=True)
-
-
-def refused(name: str, op: str, why: str) -> dict[str, Any]:
-    return {"name": name, "op": op, "refused": why, "candidates": {}}
 
 
 def bench(

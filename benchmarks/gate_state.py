@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import guard
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ("dlkernels/**/*.py", "csrc/**/*", "setup.py")
 TESTS = ("tests/**/*.py",)
 DONE, SOME_FAILED, OUT_OF_TIME, LOST = 0, 1, 3, 4  # exit codes of gate_worker.py; LOST: nothing runs on its GPU
+Item = TypeVar("Item")
 FILES = ("gate.json", "copy.json")  # beside the documents of the families
 
 
 def families() -> list[str]:
     """By their benchmarks; whole models are measured beside the gate."""
     return sorted({p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")} - {"models"})
+
+
+def in_turn(lists: Iterable[Sequence[Item]]) -> list[Item]:
+    """The first of each list, then the second of each: what is cut short has something of all."""
+    return [item for row in itertools.zip_longest(*lists) for item in row if item is not None]
 
 
 def save(path: Path, data: Any) -> None:
@@ -41,19 +50,12 @@ def load(path: Path, default: Any = None) -> Any:
 
 def fingerprint(device: str, torch_version: str, patterns: tuple[str, ...] = PACKAGE) -> str:
     """Of the sources and what they run with: what passed on the same need not run again. Not of what is built."""
-    digest = hashlib.sha256(f"{device} {sys.version} {torch_version}".encode())
-    paths = {p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts}
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:32]
+    return guard.digest(f"{device} {sys.version} {torch_version}", patterns)[:32]
 
 
 def built() -> str:
     """A hash of the compiled part."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "dlkernels").glob("_C*")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:32]
+    return guard.digest("", ("dlkernels/_C*",))[:32]
 
 
 def documents(state: Path) -> dict[str, dict[str, Any]]:

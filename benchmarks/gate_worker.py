@@ -114,7 +114,7 @@ def run_each(
     deadline = time.monotonic() + seconds
     rows: list[dict[str, Any]] = state.load(out, [])
     names = {row["case"] for row in rows}
-    todo = gate_bench.in_turn([(family, case) for case in list(cases(family))[:limit]] for family in FAMILIES)
+    todo = state.in_turn([(family, case) for case in list(cases(family))[:limit]] for family in FAMILIES)
     for family, case in (pair for pair in todo if pair[1].name not in names):
         if time.monotonic() > deadline:
             print(f"out of time: {len(rows)} of {len(todo)} cases", flush=True)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +31,17 @@ def fingerprint(family: str, device: str) -> str:
     """Hash of the device, the interpreter, and of all that can change the outcome of the tests."""
     import torch
 
-    digest = hashlib.sha256(f"{device} {sys.version} {torch.__version__}".encode())
-    paths = {p for pattern in WATCHED for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts}
-    for path in sorted(paths | {test_file(family)}):
-        digest.update(str(path.relative_to(ROOT)).encode())
-        digest.update(path.read_bytes() if path.exists() else b"missing")
-    return digest.hexdigest()
+    return digest(f"{device} {sys.version} {torch.__version__}", WATCHED, {test_file(family)})
+
+
+def digest(words: str, patterns: tuple[str, ...], more: Iterable[Path] = ()) -> str:
+    """Hash of some words, and of the files that patterns name in the project, and more."""
+    found = hashlib.sha256(words.encode())
+    paths = {p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and "__pycache__" not in p.parts}
+    for path in sorted(paths | set(more)):
+        found.update(str(path.relative_to(ROOT)).encode())
+        found.update(path.read_bytes() if path.exists() else b"missing")
+    return found.hexdigest()
 
 
 def _remembered() -> dict[str, str]:

@@ -332,6 +332,11 @@ def run_case(
     return record, samples
 
 
+def refused(name: str, op: str, why: str) -> dict[str, Any]:
+    """The record of a case that was not measured."""
+    return {"name": name, "op": op, "refused": why, "candidates": {}}
+
+
 def _describe(family: Family, case: Case, absent: dict[str, str]) -> dict[str, Any]:
     return {
         "name": case.name, "op": case.op, "shape": list(case.shape), "dtype": DTYPE_NAMES[case.dtype],

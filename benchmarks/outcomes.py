@@ -9,7 +9,6 @@ follows: it ends, and pytest-xdist starts another one; without it the exit code 
 from __future__ import annotations
 
 import faulthandler
-import itertools
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gate_state import in_turn
 
 LOST = 13
 _state = {"watch": False, "lost": False}
@@ -57,7 +57,7 @@ def spread(tests: list[str], workers: int = 1) -> list[str]:
     cases: dict[str, list[str]] = {}
     for test in tests:
         cases.setdefault(test.partition("[")[0], []).append(test)
-    ordered = [test for row in itertools.zip_longest(*cases.values()) for test in row if test is not None]
+    ordered = in_turn(cases.values())
     return [test for worker in range(workers) for test in ordered[worker::workers]]
 
 
